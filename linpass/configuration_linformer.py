@@ -95,6 +95,8 @@ class LinformerConfig(PretrainedConfig):
             stored = getattr(self, field)
             if alias in kwargs and stored not in (type(self).__dataclass_fields__[field].default, kwargs[alias]):
                 raise ValueError(f"{field}={stored} and {alias}={kwargs[alias]} name the same field; give one of them")
+            if alias in kwargs:
+                setattr(self, field, kwargs[alias])  # an alias alone would skip the field's type check
         super().__post_init__(**kwargs)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.heads

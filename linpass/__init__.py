@@ -1,0 +1,71 @@
+"""Linformer language models that do not leak the future, native in transformers.
+
+Importing this package registers the models with transformers' Auto classes.
+"""
+
+import sys
+from importlib import import_module
+from pathlib import Path
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "LinformerConfig": "configuration_linformer",
+    "LinformerCache": "cache_linformer",
+    "LinformerForCausalLM": "modeling_linformer",
+    "LinformerForMaskedLM": "modeling_linformer",
+    "LinformerForSequenceClassification": "modeling_linformer",
+    "LinformerForTokenClassification": "modeling_linformer",
+    "LinformerModel": "modeling_linformer",
+    "LowRankLinear": "modeling_linformer",
+}
+
+__all__ = [*_HOME]
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'linpass' has no attribute {name!r}")
+    register_auto_classes()
+    value = getattr(import_module(f"linpass.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def register_auto_classes() -> None:
+    """Make AutoConfig, AutoModel and the AutoModelFor... classes know the Linformer; calling it again changes nothing."""
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForMaskedLM,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+    )
+
+    from linpass import configuration_linformer, modeling_linformer
+
+    config_class = configuration_linformer.LinformerConfig
+    AutoConfig.register("linformer", config_class, exist_ok=True)
+    AutoModel.register(config_class, modeling_linformer.LinformerModel, exist_ok=True)
+    AutoModelForCausalLM.register(config_class, modeling_linformer.LinformerForCausalLM, exist_ok=True)
+    AutoModelForMaskedLM.register(config_class, modeling_linformer.LinformerForMaskedLM, exist_ok=True)
+    AutoModelForSequenceClassification.register(
+        config_class, modeling_linformer.LinformerForSequenceClassification, exist_ok=True
+    )
+    AutoModelForTokenClassification.register(
+        config_class, modeling_linformer.LinformerForTokenClassification, exist_ok=True
+    )
+
+
+def _only_help_is_asked() -> bool:
+    """``linpass ... --help``: the command line answers before torch is imported, which takes seconds."""
+    return Path(sys.argv[0]).stem in {"linpass", "train", "compare"} and not {"-h", "--help"}.isdisjoint(sys.argv[1:])
+
+
+if not _only_help_is_asked():
+    register_auto_classes()

@@ -1,0 +1,481 @@
+r"""Linformer attention as pure functions on tensors: the mathematics, readable, in any floating dtype.
+
+Two forms of one idea (Wang et al. 2020, arXiv:2006.04768): attend to learned mixtures of the tokens, "slots", instead
+of all tokens.
+
+- bidirectional: k slots mix the whole row, :func:`mix_sequence`; every query sees all of them.
+- causal: every block of b tokens gives r slots, :func:`mix_blocks`; a query sees the slots of the blocks that are
+  complete and the last w tokens exactly, in ONE softmax, :func:`attend_blocks`.
+
+Both want the tokens of a row in index order, without gaps: :class:`TokenGrid` puts them there and back.
+
+Shape suffixes: B batch, H query heads, G key/value heads (H is a multiple of G), T tokens of the call as given,
+N grid columns (queries), M key columns, C blocks, S slot rows (block by block), K slots of a row, P tokens of a block,
+R slots of a block, D features, X 1 or G sets of mixing weights.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Queries handled at once by `attend_blocks`. Larger: fewer launches; smaller: less of the window wasted. Measured on
+# 2 CPU cores at n = 4096, w = 128: 128 is best; a GPU hides launches only from about 512 on.
+CHUNK_CPU, CHUNK_GPU = 128, 512
+
+
+class TokenGrid(NamedTuple):
+    """Where the tokens of a batch stand: grid column x of a row holds the token of index ``start + x``.
+
+    ``start`` is 0, or, when a cache continues, the border of the block under way, so that blocks stand at the same
+    columns in every row, whatever the padding and however many tokens a row has seen.
+
+    Attributes:
+        columns: N, the number of grid columns.
+        index_BT: index of each token in its row or document, in the order given; [1, T] where rows agree.
+        source_BN: token (position in T) that stands in each column; None where the grid is the input.
+        column_BT: column of each token; None where the grid is the input.
+        keep_BN: True where a column holds a real new token; None when all do.
+        start_B: index of the token in column 0; None for 0.
+        total_B: tokens of the row once this call is over; None where all rows hold T.
+        first_block_BC: first block (counted from column 0, may be negative) that each block may see; None for all.
+    """
+
+    columns: int
+    index_BT: Tensor
+    source_BN: Tensor | None = None
+    column_BT: Tensor | None = None
+    keep_BN: Tensor | None = None
+    start_B: Tensor | None = None
+    total_B: Tensor | None = None
+    first_block_BC: Tensor | None = None
+
+    def place(self, states_BTE: Tensor) -> Tensor:
+        """[B, T, ...] in the order given -> [B, N, ...] in grid order."""
+        return states_BTE if self.source_BN is None else _gather(states_BTE, self.source_BN)
+
+    def restore(self, states_BNE: Tensor) -> Tensor:
+        """[B, N, ...] in grid order -> [B, T, ...] in the order given; masked tokens get finite leftovers."""
+        return states_BNE if self.column_BT is None else _gather(states_BNE, self.column_BT)
+
+    def block_numbers(self, block_size: int) -> Tensor | None:
+        """Number of each block in its row or document, [B, C]; None where block c of every row is number c."""
+        if self.first_block_BC is None:
+            return None
+        number_C = torch.arange(self.first_block_BC.shape[1], device=self.first_block_BC.device)
+        return number_C - self.first_block_BC
+
+    def positions_BN(self) -> Tensor:
+        """Index of the token in each column, [B or 1, N]."""
+        return self.place(self.index_BT) if self.source_BN is not None else self.index_BT
+
+
+def plain_grid(tokens: int, device: torch.device, keep_BT: Tensor | None = None) -> TokenGrid:
+    """Rows that start here: real tokens first, in order; padding, wherever it stood, behind them."""
+    if keep_BT is None:
+        return TokenGrid(tokens, torch.arange(tokens, device=device)[None])
+    source_BN = torch.argsort(~keep_BT, dim=-1, stable=True)
+    column_BT = torch.argsort(source_BN, dim=-1)
+    return TokenGrid(
+        columns=tokens,
+        index_BT=(keep_BT.cumsum(-1) - 1).clamp(min=0),
+        source_BN=source_BN,
+        column_BT=column_BT,
+        keep_BN=keep_BT.gather(1, source_BN),
+        total_B=keep_BT.sum(-1),
+    )
+
+
+def packed_grid(document_BT: Tensor, block_size: int, keep_BT: Tensor | None = None) -> TokenGrid:
+    """Several documents in one row, each starting at a multiple of ``block_size``.
+
+    Args:
+        document_BT: integers; neighbouring documents differ. Padding may carry any number.
+        keep_BT: True where a token is real; within a document only its end may be padding.
+
+    Raises:
+        ValueError: a document starts inside a block, or resumes after padding (checked on CPU; on an accelerator the
+            same check is an asynchronous device assertion).
+    """
+    tokens = document_BT.shape[1]
+    block_document_BC = document_BT[:, ::block_size]
+    same_BC = torch.zeros_like(block_document_BC, dtype=torch.bool)  # block continues the document of the one before
+    same_BC[:, 1:] = block_document_BC[:, 1:] == block_document_BC[:, :-1]
+
+    column_T = torch.arange(tokens, device=document_BT.device)
+    at_border_T = column_T % block_size == 0
+    belongs_BT = document_BT == block_document_BC.repeat_interleave(block_size, 1)[:, :tokens]
+    keep = torch.ones_like(belongs_BT) if keep_BT is None else keep_BT
+    resumes_BT = torch.zeros_like(keep)
+    resumes_BT[:, 1:] = keep[:, 1:] & ~keep[:, :-1]
+    starts_anew_BT = at_border_T & ~same_BC.repeat_interleave(block_size, 1)[:, :tokens]
+    require(
+        ((~keep | belongs_BT) & (~resumes_BT | starts_anew_BT)).all(),
+        f"document_ids: every document must start at a multiple of block_size={block_size} and hold padding only at "
+        "its end",
+    )
+
+    number_C = torch.arange(block_document_BC.shape[1], device=document_BT.device)
+    first_block_BC = torch.where(same_BC, 0, number_C).cummax(-1).values
+    index_BT = column_T - first_block_BC.repeat_interleave(block_size, 1)[:, :tokens] * block_size
+    return TokenGrid(tokens, index_BT, keep_BN=keep_BT, first_block_BC=first_block_BC)
+
+
+def continued_grid(tokens: int, seen_B: Tensor, block_size: int, keep_BT: Tensor | None = None) -> TokenGrid:
+    """Rows that go on after ``seen_B`` tokens, which may differ: column 0 is the border of the block under way."""
+    if keep_BT is None:
+        keep_BT = torch.ones(len(seen_B), tokens, dtype=torch.bool, device=seen_B.device)
+    blocks = -(-(block_size - 1 + tokens) // block_size)
+    offset_B1 = (seen_B % block_size)[:, None]
+    start_B1 = seen_B[:, None] - offset_B1
+    rank_BT = keep_BT.cumsum(-1) - 1
+    count_B1 = keep_BT.sum(-1, keepdim=True)
+    column_N = torch.arange(blocks * block_size, device=seen_B.device)
+    order_BT = torch.argsort(~keep_BT, dim=-1, stable=True)
+    return TokenGrid(
+        columns=blocks * block_size,
+        index_BT=(seen_B[:, None] + rank_BT).clamp(min=0),
+        source_BN=order_BT.gather(1, (column_N - offset_B1).clamp(0, tokens - 1)),
+        column_BT=(offset_B1 + rank_BT).clamp(min=0),
+        keep_BN=(column_N >= offset_B1) & (column_N < offset_B1 + count_B1),
+        start_B=start_B1[:, 0],
+        total_B=seen_B + count_B1[:, 0],
+        first_block_BC=(-start_B1 // block_size).expand(-1, blocks),
+    )
+
+
+def pooling_weight(tokens: int, slots: int, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+    """Means of ``tokens / slots`` neighbours, [tokens, slots]: what learned mixing starts from."""
+    slot_T = torch.arange(tokens, device=device) * slots // tokens
+    weight_TK = torch.nn.functional.one_hot(slot_T, slots).to(dtype)
+    return weight_TK / weight_TK.sum(0)
+
+
+def slot_centres(blocks: Tensor | int, block_size: int, slots: int) -> Tensor:
+    """Index at the centre of the tokens that each slot averages at the start, [..., blocks * slots], float64.
+
+    Args:
+        blocks: block numbers [..., C]; an int is that many blocks from 0.
+    """
+    if isinstance(blocks, int):
+        blocks = torch.arange(blocks)
+    double = torch.float32 if blocks.device.type == "mps" else torch.float64
+    within_R = (torch.arange(slots, device=blocks.device, dtype=double) + 0.5) * (block_size / slots) - 0.5
+    return (blocks[..., None] * block_size + within_R).flatten(-2)
+
+
+def rotary_angles(position_BN: Tensor, dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin, [B or 1, 1, N, dim], of the angles of Su et al. 2021 (RoFormer), halves split as in Llama.
+
+    Angles are formed in float64: in float32 they are wrong by 0.06 at a million tokens.
+    """
+    double = torch.float32 if position_BN.device.type == "mps" else torch.float64
+    inverse = base ** (-torch.arange(0, dim, 2, device=position_BN.device, dtype=double) / dim)
+    angle_BND = (position_BN.to(double)[..., None] * inverse).repeat(1, 1, 2)[:, None]
+    return angle_BND.cos().to(dtype), angle_BND.sin().to(dtype)
+
+
+def rotate(states_BHND: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Queries, keys or slots turned to their positions; the dtype stays."""
+    cos, sin = angles
+    left, right = states_BHND.chunk(2, -1)
+    return (states_BHND * cos + torch.cat((-right, left), -1) * sin).to(states_BHND.dtype)
+
+
+def mix_blocks(states_BGND: Tensor, weight_XCPR: Tensor, block_BC: Tensor | None = None) -> Tensor:
+    r"""Slots of the complete blocks, :math:`\tilde K_c = E_c^\top K_c`, as [B, G, C * R, D].
+
+    Args:
+        states_BGND: keys (not rotated) or values; tokens behind the last complete block are left out.
+        weight_XCPR: mixing weights; C is 1 where one set serves all blocks (convolution, pooling).
+        block_BC: number of each block in its row, where rows or documents do not start at column 0.
+    """
+    sets, stored_blocks, block_size, slots = weight_XCPR.shape
+    batch, heads, tokens, dim = states_BGND.shape
+    blocks = tokens // block_size
+    if stored_blocks > 1 and block_BC is None:
+        blocks = min(blocks, stored_blocks)  # columns past seq_length hold padding only
+    states_BGCPD = states_BGND[:, :, : blocks * block_size].reshape(batch, heads, blocks, block_size, dim)
+    if stored_blocks == 1:
+        weight = weight_XCPR[None]
+    elif block_BC is None:
+        weight = weight_XCPR[None, :, :blocks]
+    else:
+        weight = weight_XCPR[:, block_BC[:, :blocks].clamp(0, stored_blocks - 1)].transpose(0, 1)
+    return (weight.transpose(-1, -2) @ states_BGCPD).reshape(batch, heads, blocks * slots, dim)
+
+
+def mix_sequence(states_BGND: Tensor, weight_XNK: Tensor, keep_BN: Tensor | None = None) -> Tensor:
+    r"""K slots that mix a whole row, :math:`E^\top K` (section 4 of the paper), as [B, G, K, D]; padding enters none."""
+    if keep_BN is not None:
+        states_BGND = states_BGND.masked_fill(~keep_BN[:, None, :, None], 0)
+    tokens = states_BGND.shape[2]
+    stored = weight_XNK.shape[1]
+    if tokens > stored:  # columns past seq_length hold padding only
+        states_BGND, tokens = states_BGND[:, :, :stored], stored
+    return weight_XNK[None, :, :tokens].transpose(-1, -2) @ states_BGND
+
+
+def attend_visible(
+    query_BHND: Tensor, key_BGMD: Tensor, value_BGMD: Tensor, visible: Tensor | None = None, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    r"""Softmax attention over the visible keys, with all scores in memory: the readable reference, and one query's way.
+
+    Args:
+        visible: boolean, broadcast to [B, H, N, M]; every query must see something. None: all.
+        scale: factor of the scores; None is 1/sqrt(D).
+
+    Returns: output [B, H, N, D] and probabilities [B, H, N, M].
+    """
+    batch, heads, tokens, dim = query_BHND.shape
+    groups = key_BGMD.shape[1]
+    scale = dim**-0.5 if scale is None else scale
+    # The query heads of a group are extra rows of it, so that keys need not be repeated.
+    query = query_BHND.reshape(batch, groups, heads // groups * tokens, dim)
+    scores = (query @ key_BGMD.transpose(-1, -2)).reshape(batch, heads, tokens, -1) * scale
+    if visible is not None:
+        scores = scores.masked_fill(~visible, float("-inf"))
+    probabilities = scores.softmax(-1, dtype=_accumulate_in(scores.dtype)).to(query_BHND.dtype)
+    output = probabilities.reshape(batch, groups, heads // groups * tokens, -1) @ value_BGMD
+    return output.reshape(batch, heads, tokens, dim), probabilities
+
+
+def visible_slots(
+    query_N: Tensor, slot_block_S: Tensor, block_size: int, visible_blocks: int, first_block: Tensor | None = None
+) -> Tensor:
+    """Which slots a query may see, [N, S] or [B, 1, N, S]: those of complete blocks, the newest ``visible_blocks``.
+
+    Args:
+        query_N: columns of the queries.
+        slot_block_S: block of each slot, counted from column 0; negative before it.
+        first_block: first block that each query may see, [B, N].
+    """
+    complete_N1 = ((query_N + 1) // block_size)[:, None]
+    visible = (slot_block_S < complete_N1) & (slot_block_S >= complete_N1 - visible_blocks)
+    return visible if first_block is None else visible & (slot_block_S >= first_block[:, None, :, None])
+
+
+def visible_tokens(
+    query_N: Tensor, key_M: Tensor, block_size: int, window_size: int, first_block: Tensor | None = None
+) -> Tensor:
+    """Which tokens a query sees exactly, [N, M] or [B, 1, N, M]: itself and the ``window_size`` - 1 before it."""
+    query_N1 = query_N[:, None]
+    visible = (key_M <= query_N1) & (key_M > query_N1 - window_size)
+    return visible if first_block is None else visible & (key_M >= first_block[:, None, :, None] * block_size)
+
+
+class BlockLayout(NamedTuple):
+    """How queries, keys and slots lie towards each other on the block grid.
+
+    Attributes:
+        block_size: b, tokens.
+        window_size: w, tokens.
+        slots_per_block: r; 0 is attention to the window alone.
+        visible_blocks: complete blocks in view, the newest ones.
+        past_tokens: key columns before the first query.
+        past_blocks: blocks whose slots come before those of the first query's block.
+    """
+
+    block_size: int
+    window_size: int
+    slots_per_block: int
+    visible_blocks: int
+    past_tokens: int = 0
+    past_blocks: int = 0
+
+
+def attend_blocks_reference(
+    query_BHND: Tensor,
+    key_BGMD: Tensor,
+    value_BGMD: Tensor,
+    slot_key_BGSD: Tensor,
+    slot_value_BGSD: Tensor,
+    layout: BlockLayout,
+    first_block_BC: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What :func:`attend_blocks` computes, with every score in memory; also returns probabilities, slots first."""
+    tokens, device = query_BHND.shape[2], query_BHND.device
+    query_N = torch.arange(tokens, device=device)
+    key_M = torch.arange(key_BGMD.shape[2], device=device) - layout.past_tokens
+    slot_S = torch.arange(slot_key_BGSD.shape[2], device=device) // max(layout.slots_per_block, 1) - layout.past_blocks
+    first = None if first_block_BC is None else first_block_BC[:, query_N // layout.block_size]
+    visible = torch.cat(
+        (
+            visible_slots(query_N, slot_S, layout.block_size, layout.visible_blocks, first),
+            visible_tokens(query_N, key_M, layout.block_size, layout.window_size, first),
+        ),
+        -1,
+    )
+    keys, values = torch.cat((slot_key_BGSD, key_BGMD), 2), torch.cat((slot_value_BGSD, value_BGMD), 2)
+    return attend_visible(query_BHND, keys, values, visible)
+
+
+def attend_blocks(
+    query_BHND: Tensor,
+    key_BGMD: Tensor,
+    value_BGMD: Tensor,
+    slot_key_BGSD: Tensor,
+    slot_value_BGSD: Tensor,
+    layout: BlockLayout,
+    first_block_BC: Tensor | None = None,
+) -> Tensor:
+    r"""Causal Linformer attention: one softmax over the slots of complete blocks and the exact last tokens.
+
+    .. math::  o_t = \mathrm{softmax}\big(q_t [\tilde K_{c:\, (c+1)b \le t+1};\ K_{t-w < j \le t}]^\top / \sqrt D\big)
+               [\tilde V; V]
+
+    Source: Wang et al. 2020, section 4, made causal by mixing inside complete blocks only; Transformer-LS (Zhu et al.
+    2021) joins a window with a low-rank part in the same way, and normalises the two apart.
+
+    Args:
+        query_BHND: queries, rotated, not scaled; floating point.
+        key_BGMD: rotated keys; column x of the queries is row ``layout.past_tokens + x``.
+        slot_key_BGSD: rotated slots, r rows a block.
+        first_block_BC: first block that the queries of each block may see (packed documents, short rows of a cache).
+    Returns: [B, H, N, D] in the dtype of the queries.
+    Cost: time O(B·H·N·(k + w)·D); memory O(B·H·N·D), forward and backward: scores are formed for a chunk of queries
+        at a time and formed again in the backward pass.
+    Invariants: output t is a function of tokens up to t alone, to the bit; equals :func:`attend_blocks_reference`.
+    """
+    return _AttendBlocks.apply(
+        query_BHND, key_BGMD, value_BGMD, slot_key_BGSD, slot_value_BGSD, layout, first_block_BC
+    )
+
+
+class _AttendBlocks(torch.autograd.Function):
+    """Forward and backward of :func:`attend_blocks`, chunk by chunk; keeps inputs, output and one number per query."""
+
+    @staticmethod
+    def forward(ctx, query_BHND, key_BGMD, value_BGMD, slot_key_BGSD, slot_value_BGSD, layout, first_block_BC):
+        batch, heads, tokens, dim = query_BHND.shape
+        groups = key_BGMD.shape[1]
+        query = query_BHND.reshape(batch * groups, heads // groups, tokens, dim)
+        key, value = key_BGMD.flatten(0, 1), value_BGMD.flatten(0, 1)
+        slot_key, slot_value = slot_key_BGSD.flatten(0, 1), slot_value_BGSD.flatten(0, 1)
+        output = torch.empty_like(query)
+        logsumexp = query.new_empty(query.shape[:-1], dtype=_accumulate_in(query.dtype))
+        with torch.autocast(query.device.type, enabled=False):
+            for chunk in _chunks(tokens, key.shape[1], slot_key.shape[1], layout, query.device):
+                queries, slots, tokens_seen = chunk
+                chunk_query = query[:, :, queries].flatten(1, 2)
+                keys = torch.cat((slot_key[:, slots], key[:, tokens_seen]), 1)
+                scores = _chunk_scores(chunk_query, keys, chunk, layout, first_block_BC, heads // groups)
+                chunk_logsumexp = scores.logsumexp(-1, keepdim=True)
+                probabilities = (scores - chunk_logsumexp).exp_().to(query.dtype)
+                values = torch.cat((slot_value[:, slots], value[:, tokens_seen]), 1)
+                output[:, :, queries] = (probabilities @ values).unflatten(1, (heads // groups, -1))
+                logsumexp[:, :, queries] = chunk_logsumexp.squeeze(-1).unflatten(1, (heads // groups, -1))
+        ctx.save_for_backward(query, key, value, slot_key, slot_value, output, logsumexp, first_block_BC)
+        ctx.layout, ctx.shapes = layout, (query_BHND.shape, key_BGMD.shape, slot_key_BGSD.shape)
+        return output.view(query_BHND.shape)
+
+    @staticmethod
+    def backward(ctx, grad_BHND):
+        query, key, value, slot_key, slot_value, output, logsumexp, first_block_BC = ctx.saved_tensors
+        layout, (query_shape, key_shape, slot_shape) = ctx.layout, ctx.shapes
+        per_group, tokens, dim = query.shape[1:]
+        grad = grad_BHND.reshape(query.shape)
+        accumulate = _accumulate_in(query.dtype)
+        grad_query = torch.empty_like(query)
+        # Every chunk adds to the slots, several to a key: sums in float32 at least.
+        grad_key, grad_value = (torch.zeros_like(states, dtype=accumulate) for states in (key, value))
+        grad_slot_key, grad_slot_value = (torch.zeros_like(s, dtype=accumulate) for s in (slot_key, slot_value))
+        with torch.autocast(query.device.type, enabled=False):
+            dot_grad_output = (grad.to(accumulate) * output).sum(-1)
+            for chunk in _chunks(tokens, key.shape[1], slot_key.shape[1], layout, query.device):
+                queries, slots, tokens_seen = chunk
+                count = slots.stop - slots.start
+                chunk_query, chunk_grad = query[:, :, queries].flatten(1, 2), grad[:, :, queries].flatten(1, 2)
+                keys = torch.cat((slot_key[:, slots], key[:, tokens_seen]), 1)
+                values = torch.cat((slot_value[:, slots], value[:, tokens_seen]), 1)
+                scores = _chunk_scores(chunk_query, keys, chunk, layout, first_block_BC, per_group)
+                probabilities = (scores - logsumexp[:, :, queries].flatten(1, 2)[..., None]).exp_()
+                values_sum = probabilities.to(query.dtype).transpose(1, 2) @ chunk_grad
+                grad_slot_value[:, slots] += values_sum[:, :count]
+                grad_value[:, tokens_seen] += values_sum[:, count:]
+                grad_scores = (chunk_grad @ values.transpose(1, 2)).to(accumulate)
+                grad_scores = grad_scores.sub_(dot_grad_output[:, :, queries].flatten(1, 2)[..., None])
+                grad_scores = grad_scores.mul_(probabilities).mul_(dim**-0.5).to(query.dtype)
+                grad_query[:, :, queries] = (grad_scores @ keys).unflatten(1, (per_group, -1))
+                keys_sum = grad_scores.transpose(1, 2) @ chunk_query
+                grad_slot_key[:, slots] += keys_sum[:, :count]
+                grad_key[:, tokens_seen] += keys_sum[:, count:]
+        return (
+            grad_query.view(query_shape),
+            grad_key.to(key.dtype).view(key_shape),
+            grad_value.to(key.dtype).view(key_shape),
+            grad_slot_key.to(key.dtype).view(slot_shape),
+            grad_slot_value.to(key.dtype).view(slot_shape),
+            None,
+            None,
+        )
+
+
+class _Chunk(NamedTuple):
+    """Some neighbouring queries, and all that any of them can see."""
+
+    queries: slice
+    slots: slice
+    tokens: slice
+
+
+def _chunks(tokens: int, keys: int, slots: int, layout: BlockLayout, device: torch.device):
+    """Cut the queries so that slots outside the view and tokens outside the window are never touched."""
+    size = CHUNK_CPU if device.type == "cpu" else CHUNK_GPU
+    b, r = layout.block_size, layout.slots_per_block
+    for start in range(0, tokens, size):
+        stop = min(start + size, tokens)
+        first_complete, last_complete = (start + 1) // b, stop // b
+        lowest = max(0, layout.past_blocks + first_complete - layout.visible_blocks) * r
+        highest = min((layout.past_blocks + last_complete) * r, slots)
+        first_token = max(0, layout.past_tokens + start - layout.window_size + 1)
+        yield _Chunk(
+            slice(start, stop),
+            slice(min(lowest, highest), highest),
+            slice(first_token, min(layout.past_tokens + stop, keys)),
+        )
+
+
+def _chunk_scores(
+    chunk_query: Tensor, keys: Tensor, chunk: _Chunk, layout: BlockLayout, first_block_BC: Tensor | None, per_group: int
+) -> Tensor:
+    """Scaled scores [B * G, H / G * n, slots + tokens] of a chunk, -inf where a query must not look."""
+    device = keys.device
+    query_N = torch.arange(chunk.queries.start, chunk.queries.stop, device=device)
+    slot_S = torch.arange(chunk.slots.start, chunk.slots.stop, device=device) // max(layout.slots_per_block, 1)
+    key_M = torch.arange(chunk.tokens.start, chunk.tokens.stop, device=device) - layout.past_tokens
+    first = None if first_block_BC is None else first_block_BC[:, query_N // layout.block_size]
+    visible = torch.cat(
+        (
+            visible_slots(query_N, slot_S - layout.past_blocks, layout.block_size, layout.visible_blocks, first),
+            visible_tokens(query_N, key_M, layout.block_size, layout.window_size, first),
+        ),
+        -1,
+    )
+    bias = torch.zeros_like(visible, dtype=keys.dtype).masked_fill_(~visible, float("-inf"))
+    if first is None:
+        bias = bias.repeat(per_group, 1)[None]
+    else:
+        groups = keys.shape[0] // bias.shape[0]
+        bias = bias.expand(-1, groups, -1, -1).flatten(0, 1).repeat(1, per_group, 1)
+    scale = chunk_query.shape[-1] ** -0.5
+    return torch.baddbmm(bias, chunk_query, keys.transpose(1, 2), alpha=scale).to(_accumulate_in(keys.dtype))
+
+
+def _accumulate_in(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _gather(states: Tensor, index: Tensor) -> Tensor:
+    """Rows ``index`` [B, n] of ``states`` [B or 1, T, ...] along dimension 1."""
+    states = states.expand(len(index), *states.shape[1:])
+    return states.gather(1, index.view(*index.shape, *[1] * (states.dim() - 2)).expand(-1, -1, *states.shape[2:]))
+
+
+def require(condition: Tensor, message: str) -> None:
+    """ValueError unless the one-element ``condition`` holds; on an accelerator an assertion that does not wait."""
+    if condition.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not condition:
+            raise ValueError(message)
+    elif condition.device.type != "meta":
+        torch._assert_async(condition, message)

@@ -1,0 +1,257 @@
+"""The cache of a causal Linformer: the same bytes at position 100 and at position 1,000,000.
+
+Shape suffixes as in ``attention_linformer``; W ring positions.
+"""
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from .attention_linformer import TokenGrid
+from .configuration_linformer import LinformerConfig
+
+
+class LinformerCacheLayer(CacheLayerMixin):
+    """What one layer remembers: the last w tokens exactly, complete blocks as slots, and the block under way.
+
+    Bytes: ``2 * B * G * (k + w) * D * itemsize`` for ring and slots; ``2 * B * G * r * D * max(itemsize, 4)`` for the
+    block under way, summed in float32 at least; 8 a row for the count of tokens.
+
+    Attributes:
+        keys, values: ring of the last w tokens, [B, G, W, D]; keys rotated; token i at ring position ``i % w``.
+        slot_keys, slot_values: complete blocks, [B, G, K, D]; keys rotated; block c at row ``c % (k / r) * r``.
+        block_keys, block_values: sums of the block under way, [B, G, R, D], not rotated, invisible.
+        seen: tokens per row, [B]; masked tokens do not count.
+        columns: tokens per row, masked ones included: what transformers calls the sequence length.
+    """
+
+    is_compileable = False
+    is_croppable = False
+    is_sliding = False
+    supports_early_init = False
+    _tensors = ("keys", "values", "slot_keys", "slot_values", "block_keys", "block_values", "seen")
+
+    def __init__(self, config: LinformerConfig, layer_idx: int):
+        super().__init__()
+        self.window_size = config.window_size
+        self.block_size = config.block_size
+        self.slots = config.layer_k(layer_idx)
+        self.slots_per_block = config.slots_per_block(layer_idx)
+        self.visible_blocks = self.slots // self.slots_per_block if self.slots else 0
+        self.columns = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Zeros for the batch, heads, dtype and device of ``key_states`` [B, G, *, D]."""
+        batch, heads, _, dim = key_states.shape
+        self.dtype, self.device = key_states.dtype, key_states.device
+        sums_in = torch.promote_types(key_states.dtype, torch.float32)
+        self.keys = key_states.new_zeros(batch, heads, self.window_size, dim)
+        self.slot_keys = key_states.new_zeros(batch, heads, self.slots, dim)
+        self.block_keys = key_states.new_zeros(batch, heads, self.slots_per_block, dim, dtype=sums_in)
+        self.values, self.slot_values = self.keys.clone(), self.slot_keys.clone()
+        self.block_values = self.block_keys.clone()
+        self.seen = torch.zeros(batch, dtype=torch.long, device=self.device)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        raise NotImplementedError(
+            "LinformerCacheLayer is written by LinformerAttention through write_token and write_grid; it keeps mixtures "
+            "of tokens, which keys and values alone do not give"
+        )
+
+    def write_token(
+        self,
+        key_BG1D: Tensor,
+        value_BG1D: Tensor,
+        block_keys: Tensor,
+        block_values: Tensor,
+        slot_keys: Tensor,
+        keep_B1: Tensor | None,
+    ) -> None:
+        """Add one token to every row that keeps it.
+
+        Args:
+            key_BG1D, value_BG1D: the token, key rotated.
+            block_keys, block_values: sums of the block under way with this token in them, [B, G, R, D].
+            slot_keys: ``block_keys`` rotated: the slots, should this token complete the block.
+            keep_B1: rows whose token is real; None: all.
+        """
+        keep_B = torch.ones_like(self.seen, dtype=torch.bool) if keep_B1 is None else keep_B1[:, 0]
+        at = (self.seen % self.window_size)[:, None]
+        self.keys = _write_rows(self.keys, at, key_BG1D, keep_B)
+        self.values = _write_rows(self.values, at, value_BG1D, keep_B)
+        if self.slots:
+            complete_B = keep_B & ((self.seen + 1) % self.block_size == 0)
+            row = torch.arange(self.slots_per_block, device=self.device)
+            at = (self.seen // self.block_size % self.visible_blocks * self.slots_per_block)[:, None] + row
+            self.slot_keys = _write_rows(self.slot_keys, at, slot_keys.to(self.dtype), complete_B)
+            self.slot_values = _write_rows(self.slot_values, at, block_values.to(self.dtype), complete_B)
+            keep_1, complete_1 = keep_B[:, None, None, None], complete_B[:, None, None, None]
+            self.block_keys = torch.where(keep_1, block_keys, self.block_keys).masked_fill(complete_1, 0)
+            self.block_values = torch.where(keep_1, block_values, self.block_values).masked_fill(complete_1, 0)
+        self.seen = self.seen + keep_B
+        self.columns += 1
+
+    def everything(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values [B, G, K + W, D], slots first, and which of them hold something, [B, 1, 1, K + W]."""
+        slot_block = torch.arange(self.slots, device=self.device) // max(self.slots_per_block, 1)
+        full_slots = slot_block < (self.seen // self.block_size)[:, None]
+        full_ring = torch.arange(self.window_size, device=self.device) < self.seen[:, None]
+        # A row that holds no token yet (all padding so far) looks at a zero: its output is meaningless, not NaN.
+        full_ring = full_ring | (torch.arange(self.window_size, device=self.device) == 0)
+        keys = torch.cat((self.slot_keys, self.keys), 2)
+        values = torch.cat((self.slot_values, self.values), 2)
+        return keys, values, torch.cat((full_slots, full_ring), -1)[:, None, None]
+
+    def tokens_before(self, grid: TokenGrid, states: Tensor, ring: Tensor, past_tokens: int) -> Tensor:
+        """Keys or values of the ring, then those of the grid, [B, G, past_tokens + N, D], each at its column."""
+        column = torch.arange(-past_tokens, self.block_size, device=self.device)
+        index = grid.start_B[:, None] + column
+        remembered = _read_rows(ring, index % self.window_size)
+        is_past = (index < self.seen[:, None])[:, None, past_tokens:, None]
+        first_block = torch.where(is_past, remembered[:, :, past_tokens:], states[:, :, : self.block_size])
+        return torch.cat((remembered[:, :, :past_tokens], first_block, states[:, :, self.block_size :]), 2)
+
+    def slots_before(self, grid: TokenGrid, slots: Tensor) -> Tensor:
+        """Slots of the blocks before the grid, oldest first, [B, G, K, D]."""
+        block = (grid.start_B // self.block_size)[:, None] + torch.arange(-self.visible_blocks, 0, device=self.device)
+        row = torch.arange(self.slots_per_block, device=self.device)
+        return _read_rows(slots, (block[..., None] % self.visible_blocks * self.slots_per_block + row).flatten(1))
+
+    def write_grid(
+        self,
+        grid: TokenGrid,
+        key_BGND: Tensor,
+        value_BGND: Tensor,
+        block_keys: Tensor,
+        block_values: Tensor,
+        slot_keys: Tensor,
+        tokens: int,
+    ) -> None:
+        """Add the tokens of a call.
+
+        Args:
+            key_BGND, value_BGND: new tokens at their columns, keys rotated.
+            block_keys, block_values: sums of every block of the grid, complete or not, [B, G, C * R, D].
+            slot_keys: ``block_keys`` rotated.
+            tokens: T, columns of the call, masked ones included.
+        """
+        zero = torch.zeros_like(self.seen)
+        start = zero if grid.start_B is None else grid.start_B
+        total = zero + tokens if grid.total_B is None else grid.total_B
+
+        # Ring position p holds the newest token i with i % w == p: from this call if it is one of its tokens.
+        position = torch.arange(self.window_size, device=self.device)
+        newest = total[:, None] - 1 - (total[:, None] - 1 - position) % self.window_size
+        is_new = (newest >= self.seen[:, None])[:, None, :, None]
+        column = (newest - start[:, None]).clamp(0, grid.columns - 1)
+        self.keys = torch.where(is_new, _read_rows(key_BGND, column), self.keys)
+        self.values = torch.where(is_new, _read_rows(value_BGND, column), self.values)
+
+        if self.slots:
+            complete, first = (total // self.block_size)[:, None], (start // self.block_size)[:, None]
+            place = torch.arange(self.visible_blocks, device=self.device)
+            newest = complete - 1 - (complete - 1 - place) % self.visible_blocks
+            row = torch.arange(self.slots_per_block, device=self.device)
+            is_new = (newest >= first).repeat_interleave(self.slots_per_block, 1)[:, None, :, None]
+            at = ((newest - first).clamp(min=0)[..., None] * self.slots_per_block + row).flatten(1)
+            at = at.clamp(max=slot_keys.shape[2] - 1)
+            self.slot_keys = torch.where(is_new, _read_rows(slot_keys, at).to(self.dtype), self.slot_keys)
+            self.slot_values = torch.where(is_new, _read_rows(block_values, at).to(self.dtype), self.slot_values)
+            # A row that ends on a border has no block under way: it reads the zeros behind the last block.
+            under_way = (complete - first) * self.slots_per_block + row
+            behind = (0, 0, 0, self.slots_per_block)
+            self.block_keys = _read_rows(torch.nn.functional.pad(block_keys, behind), under_way)
+            self.block_values = _read_rows(torch.nn.functional.pad(block_values, behind), under_way)
+        self.seen = total
+        self.columns += tokens
+
+    def get_seq_length(self) -> int:
+        """Tokens so far, masked ones included."""
+        return self.columns
+
+    def get_max_length(self) -> int:
+        """-1: no maximum."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.columns + query_length, 0
+
+    def reset(self) -> None:
+        """Forget everything; the next call may have another batch size."""
+        self.is_initialized, self.columns = False, 0
+        for name in self._tensors:
+            setattr(self, name, None)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row ``beam_idx[i]`` was."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows ``indices``, in that order, repeats allowed."""
+        self._map(lambda tensor: tensor.index_select(0, indices.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row ``repeats`` times, side by side."""
+        self._map(lambda tensor: tensor.repeat_interleave(repeats, 0))
+
+    def crop(self, *args, **kwargs) -> None:
+        raise ValueError(
+            "a LinformerCache cannot be cropped: tokens are mixed into slots and cannot be taken out; copy the cache "
+            "(copy.deepcopy) before the tokens that may have to go"
+        )
+
+    def offload(self) -> None:
+        """Move to the CPU."""
+        self._map(lambda tensor: tensor.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Move back to the layer's device."""
+        self._map(lambda tensor: tensor.to(self.device, non_blocking=True))
+
+    def _map(self, function) -> None:
+        if self.is_initialized:
+            for name in self._tensors:
+                setattr(self, name, function(getattr(self, name)))
+
+
+class LinformerCache(Cache):
+    """One :class:`LinformerCacheLayer` per layer; pass it as ``past_key_values``.
+
+    ``copy.deepcopy`` reuses a prefix, ``batch_select_indices`` picks rows of it.
+
+    Example:
+        >>> from linpass import LinformerConfig
+        >>> LinformerCache(LinformerConfig(depth=2)).get_seq_length()
+        0
+    """
+
+    def __init__(self, config: LinformerConfig):
+        super().__init__(layers=[LinformerCacheLayer(config, layer_idx) for layer_idx in range(config.depth)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows ``indices``, in that order, repeats allowed."""
+        for layer in self.layers:
+            layer.batch_select_indices(indices)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors; 0 before the first token."""
+        layers = [layer for layer in self.layers if layer.is_initialized]
+        return sum(getattr(layer, name).nbytes for layer in layers for name in layer._tensors)
+
+
+def _read_rows(states_BGMD: Tensor, row_BN: Tensor) -> Tensor:
+    """Rows ``row_BN`` of dimension 2, other ones in each batch row."""
+    batch, heads, _, dim = states_BGMD.shape
+    return states_BGMD.gather(2, row_BN[:, None, :, None].expand(batch, heads, -1, dim))
+
+
+def _write_rows(states_BGMD: Tensor, row_BN: Tensor, new_BGND: Tensor, where_B: Tensor) -> Tensor:
+    """``states_BGMD`` with rows ``row_BN`` replaced where ``where_B``; in place unless a gradient is being recorded."""
+    batch, heads, _, dim = states_BGMD.shape
+    row = row_BN[:, None, :, None].expand(batch, heads, -1, dim)
+    new = torch.where(where_B[:, None, None, None], new_BGND, states_BGMD.gather(2, row))
+    if torch.is_grad_enabled() and (new.requires_grad or states_BGMD.requires_grad):
+        return states_BGMD.scatter(2, row, new)
+    return states_BGMD.scatter_(2, row, new)
