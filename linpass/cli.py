@@ -1,0 +1,115 @@
+"""The command ``linpass``: train, generate.
+
+Only the standard library is imported before a command is known to run, so that help and wrong flags answer at once.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from linpass.errors import InputError
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
+
+
+def make_parser() -> Parser:
+    """The commands; ``train`` has its own parser, see ``linpass/training/parser.py``."""
+    parser = Parser(prog="linpass", description="Linformer language models at linear cost.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,generate}")
+    commands.add_parser("train", help="train a causal Linformer (linpass train --help)", add_help=False)
+    generate = commands.add_parser("generate", help="continue a prompt", description="Continue a prompt.")
+    generate.add_argument("model", help="folder with a causal model and its tokenizer, such as ./final_model")
+    generate.add_argument("prompt", help="text to continue")
+    generate.add_argument("--max_new_tokens", type=_whole(1), default=128, help="most tokens to add [%(default)s]")
+    generate.add_argument("--temperature", type=_positive, default=0.8, help="more than 0 [%(default)s]")
+    generate.add_argument(
+        "--top_k", type=_whole(0), default=50, help="likeliest tokens to draw from, 0: all [%(default)s]"
+    )
+    generate.add_argument("--top_p", type=_share, default=1.0, help="probability to draw from [%(default)s]")
+    generate.add_argument("--seed", type=_whole(0), default=42, help="of the draws [%(default)s]")
+    generate.add_argument("--greedy", action="store_true", help="always the likeliest token, no draws")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status, 2 for input that cannot be used."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if arguments[:1] == ["train"]:
+            run_train(arguments[1:])
+            return 0
+        options = vars(make_parser().parse_args(arguments))
+        options.pop("command")
+        run_generate(options.pop("model"), options.pop("prompt"), **options)
+        return 0
+    except InputError as error:
+        print(f"linpass: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def run_train(flags: list[str]) -> None:
+    """``linpass train``."""
+    if "-h" in flags or "--help" in flags:
+        from linpass.training.arguments import train_help
+
+        print(train_help())
+        return
+    from linpass.training.parser import TrainParser
+
+    parser = TrainParser()
+    if "--help_all" in flags:
+        parser.print_help()
+        return
+    parsed = parser.parse(flags)
+    from linpass.training.train import train
+
+    train(*parsed)
+
+
+def run_generate(model: str, prompt: str, **options) -> None:
+    """``linpass generate``."""
+    if not prompt.strip():
+        raise InputError(f"prompt={prompt!r} must hold text")
+    from transformers.utils import logging
+
+    from linpass.generate import generate
+
+    logging.disable_progress_bar()  # "Loading weights" would stand before the text
+    generate(model, prompt, **options)
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def whole_number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, {least} or more")
+        return int(text)
+
+    return whole_number
+
+
+def _positive(text: str) -> float:
+    return _number(text, lambda number: 0 < number < float("inf"), "more than 0")
+
+
+def _share(text: str) -> float:
+    return _number(text, lambda number: 0 < number <= 1, "more than 0 and at most 1")
+
+
+def _number(text: str, valid: Callable[[float], bool], rule: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = float("nan")
+    if not valid(number):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number, {rule}")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Training a causal Linformer with ``transformers.Trainer``: arguments, data, callbacks, baselines, the run itself."""

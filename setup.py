@@ -1,0 +1,48 @@
+"""Metadata of the package; the settings of the tools are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "linpass/__init__.py").read_text(encoding="utf-8"), re.M)[1]
+
+# reading .zst and .parquet needs zstandard and pyarrow, the picture of the losses matplotlib
+TRAIN = ["matplotlib>=3.8", "pyarrow>=15", "zstandard>=0.22"]
+TEST = [*TRAIN, "hypothesis>=6.100", "pytest>=8"]
+
+setup(
+    name="linpass",
+    version=VERSION,
+    description="Linformer language models that do not leak the future, at linear cost, for Hugging Face transformers",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="The linpass authors",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["linpass*"]), "linpass.presets"],
+    package_dir={"linpass.presets": "presets"},
+    package_data={"linpass": ["py.typed"], "linpass.presets": ["*.json"]},
+    install_requires=[
+        "accelerate>=1.1",
+        "huggingface_hub>=1.0",
+        "safetensors>=0.5",
+        "tokenizers>=0.22",
+        "torch>=2.11",
+        "transformers>=5.17",
+    ],
+    extras_require={
+        "train": TRAIN,
+        "test": TEST,
+        "dev": [*TEST, "pyright>=1.1.400", "ruff>=0.12"],
+    },
+    entry_points={"console_scripts": ["linpass = linpass.cli:main"]},
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)
