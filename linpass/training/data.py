@@ -273,8 +273,8 @@ def chunk_documents(
     tokens = torch.cat(pieces)
     if len(tokens) < seq_length:
         raise InputError(
-            f"seq_length={seq_length} must not be more than the {len(tokens)} tokens of the {part} text: give more text, a "
-            f"smaller seq_length, or another validation_fraction"
+            f"seq_length={seq_length} must be at most the {len(tokens)} tokens of the {part} text: give more text, "
+            f"a smaller seq_length, or another validation_fraction"
         )
     rows = len(tokens) // seq_length
     return tokens[: rows * seq_length].view(rows, seq_length)

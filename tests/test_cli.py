@@ -1,0 +1,189 @@
+"""The command line: what it prints, and how it refuses input."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from linpass.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def refused(capsys, tmp_path):
+    """Runs a command that must be refused in one line and leave no file behind; returns the line."""
+
+    def run(*arguments: str) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        assert main(list(arguments)) == 2
+        output = capsys.readouterr()
+        lines = output.err.strip().splitlines()
+        assert len(lines) == 1, output.err
+        assert lines[0].startswith("linpass: error: ")
+        assert sorted(tmp_path.rglob("*")) == before
+        return lines[0]
+
+    return run
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["generate", "--help"]])
+def test_help_imports_no_torch(arguments):
+    code = (
+        f"import sys; sys.argv = ['linpass', *{arguments}]; from linpass.cli import main\n"
+        f"try: main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    assert "usage: linpass" in run.stdout
+
+
+def test_train_help_names_every_preset_and_the_short_flags(capsys):
+    assert main(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    for word in ("base, debug, lumenspark, tiny", "--embed_dim", "--text_files", "--epochs", "--batch_size"):
+        assert word in text
+
+
+def test_help_all_lists_the_flags_of_the_trainer(capsys):
+    assert main(["train", "--help_all"]) == 0
+    text = capsys.readouterr().out
+    assert "--gradient_accumulation_steps" in text
+    assert "--embed_dim" in text
+
+
+def test_root_script_is_the_command():
+    run = subprocess.run(
+        [sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert run.stdout.startswith("usage: linpass train")
+
+
+def test_no_command(refused):
+    assert "train,generate" in refused()
+
+
+def test_unknown_flag_names_the_nearest(refused):
+    assert "--embed_dims is no flag of linpass train; nearest: embed_dim" in refused("train", "--embed_dims", "64")
+
+
+def test_value_of_wrong_type(refused):
+    assert "--depth" in refused("train", "--depth", "two")
+    assert "rank='much' must be a whole number or none" in refused("train", "--rank", "much")
+
+
+def test_value_that_transformers_refuses(refused):
+    assert "never" in refused("train", "--eval_strategy", "never")
+
+
+def test_model_that_breaks_a_rule(refused):
+    line = refused("train", "--preset", "debug", "--heads", "3")
+    assert "heads=3 must divide embed_dim=32" in line
+
+
+def test_encoder_is_refused(refused):
+    assert "causal=False must be True" in refused("train", "--causal", "false")
+
+
+def test_unknown_preset_names_those_there_are(refused):
+    assert "preset='huge'" in refused("train", "--preset", "huge")
+    assert "base, debug, lumenspark, tiny" in refused("train", "--preset", "huge")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "rule"),
+    [
+        ("none.txt", None, "must be a file"),
+        ("empty.txt", b"", "the file is empty"),
+        ("blank.txt", b" \n ", "there is only white space"),
+        ("bytes.txt", b"\xff\xfe\xff", "must be UTF-8"),
+        ("text.csv", b"text\nhello", "must end in one of .txt"),
+        ("bad.jsonl", b'{"text": "a"}\nnot json\n', "line 2 must be JSON"),
+        ("column.jsonl", b'{"content": "a"}\n', "must have the field text_column='text'; there is: content"),
+        ("number.jsonl", b'{"text": 3}\n', "must be a string, is int"),
+        ("bad.parquet", b"PAR1 and nothing", "could not be read as .parquet"),
+        ("bad.txt.zst", b"no zstandard", "could not be read as .txt.zst"),
+        ("short.txt", b"Too little.", "must be at most the"),
+    ],
+)
+def test_text_file_that_cannot_be_used(refused, tmp_path, name, content, rule):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    line = refused("train", "--preset", "debug", "--text_files", name)
+    assert rule in line
+    assert name in line or name == "short.txt"
+
+
+def test_parquet_without_the_column(refused, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+
+    parquet.write_table(pyarrow.table({"content": ["a"]}), tmp_path / "a.parquet")
+    assert "text_column='text'; there is: content" in refused("train", "--preset", "debug", "--text_files", "a.parquet")
+
+
+def test_folder_as_text_file(refused, tmp_path):
+    (tmp_path / "folder.txt").mkdir()
+    assert "it is a folder" in refused("train", "--preset", "debug", "--text_files", "folder.txt")
+
+
+def test_share_of_validation(refused):
+    assert "validation_fraction=1.0 must be more than 0" in refused("train", "--validation_fraction", "1")
+
+
+def test_output_folder_that_cannot_be_written(refused, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    assert "a file is in the way" in refused("train", "--preset", "debug", "--output_dir", "file")
+    assert "is a file" in refused("train", "--preset", "debug", "--output_dir", "file/model")
+    assert "is a file" in refused("train", "--preset", "debug", "--checkpoint_dir", "file/checkpoints")
+
+
+def test_output_folder_with_other_files_is_not_replaced(refused, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/chapter1.txt").write_text("years of work")
+    assert "it holds other files" in refused("train", "--preset", "debug", "--output_dir", "thesis")
+    assert "current folder" in refused("train", "--preset", "debug", "--output_dir", ".")
+
+
+def test_preset_file(refused, tmp_path):
+    (tmp_path / "mine.json").write_text(json.dumps({"embed_dims": 64}))
+    line = refused("train", "--preset", "mine.json")
+    assert "mine.json sets 'embed_dims', which is no argument; nearest: embed_dim" in line
+    (tmp_path / "mine.json").write_text("{")
+    assert "must hold JSON" in refused("train", "--preset", "mine.json")
+    (tmp_path / "mine.json").write_text("[]")
+    assert "JSON object" in refused("train", "--preset", "mine.json")
+
+
+def test_tokenizer_that_does_not_exist(refused):
+    assert "tokenizer='nowhere'" in refused("train", "--preset", "debug", "--tokenizer", "./nowhere".removeprefix("./"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rule"),
+    [
+        (["model", ""], "prompt='' must hold text"),
+        (["model", "  "], "must hold text"),
+        (["nowhere", "Hello"], "model='nowhere' must be a folder"),
+        (["model", "Hello", "--temperature", "0"], "'0' must be a number, more than 0"),
+        (["model", "Hello", "--top_p", "1.5"], "at most 1"),
+        (["model", "Hello", "--top_p", "nan"], "at most 1"),
+        (["model", "Hello", "--top_k", "-1"], "must be a whole number, 0 or more"),
+        (["model", "Hello", "--max_new_tokens", "0"], "must be a whole number, 1 or more"),
+        (["model"], "prompt"),
+    ],
+)
+def test_generate_refuses(refused, arguments, rule):
+    assert rule in refused("generate", *arguments)
+
+
+def test_generate_from_a_folder_without_a_model(refused, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "must hold a causal language model" in refused("generate", "empty", "Hello")

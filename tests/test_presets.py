@@ -1,0 +1,96 @@
+"""The presets, and flags over preset over defaults."""
+
+import dataclasses
+import itertools
+
+import pytest
+
+from linpass import LinformerConfig
+from linpass.errors import InputError
+from linpass.training.arguments import PRESET_FOLDER, ModelArguments, preset_names, read_preset
+from linpass.training.parser import TrainParser
+from linpass.training.train import build_config
+
+
+def parse(*flags: str):
+    return TrainParser().parse(list(flags))
+
+
+def test_model_arguments_are_the_fields_of_the_configuration():
+    ours = {f.name: f.default for f in dataclasses.fields(ModelArguments)}
+    own_fields = [name for name in vars(LinformerConfig)["__annotations__"] if not name.startswith("_")]
+    assert list(ours) == own_fields
+    theirs = LinformerConfig.__dataclass_fields__
+    assert ours == {name: theirs[name].default for name in own_fields}
+
+
+def test_the_presets_there_are():
+    assert preset_names() == ["base", "debug", "lumenspark", "tiny"]
+    assert PRESET_FOLDER.is_dir()
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_each_preset_is_a_valid_model(name):
+    model, _data, training = parse("--preset", name)
+    config = build_config(model)
+    assert config.causal
+    assert training.learning_rate == read_preset(name, TrainParser().names)["learning_rate"]
+
+
+def test_lumenspark_is_all_model_defaults():
+    model, _data, training = parse("--preset", "lumenspark")
+    assert model == ModelArguments()
+    assert training.per_device_train_batch_size == 48
+    assert training.gradient_accumulation_steps == 10
+    assert training.learning_rate == 1.25e-4
+    assert training.weight_decay == 1e-2
+    assert training.num_train_epochs == 4
+
+
+def test_base_is_the_model_that_measures_best():
+    model = parse("--preset", "base")[0]
+    wanted = {"embed_dim": 512, "depth": 8, "heads": 8, "seq_length": 1024, "k": 128, "block_size": 32}
+    wanted |= {"window_size": 128, "projection": "convolution", "projection_sharing": "none", "rank": None}
+    wanted |= {"position_embedding": "rotary", "qk_norm": True, "dropout": 0.0}
+    assert {name: getattr(model, name) for name in wanted} == wanted
+
+
+def test_without_flags_the_preset_is_tiny():
+    assert parse() == parse("--preset", "tiny")
+    assert parse()[0].vocab_size == 1024
+
+
+def test_flags_win_over_preset_in_any_order():
+    groups = [["--preset", "debug"], ["--embed_dim", "48"], ["--epochs", "2"], ["--batch_size=3"]]
+    for order in itertools.permutations(groups):
+        model, _data, training = parse(*itertools.chain(*order))
+        assert model.embed_dim == 48
+        assert model.depth == 2  # the preset's
+        assert model.norm_eps == 1e-6  # the default
+        assert training.num_train_epochs == 2
+        assert training.per_device_train_batch_size == 3
+
+
+def test_a_flag_at_the_default_value_wins_too():
+    assert parse("--preset", "debug", "--embed_dim", "512")[0].embed_dim == 512
+
+
+def test_none_and_lists_on_the_command_line():
+    model = parse("--rank", "none", "--k", "32,64,64,64", "--num-key-value-heads", "2")[0]
+    assert model.rank is None
+    assert model.k == [32, 64, 64, 64]
+    assert model.num_key_value_heads == 2
+    assert parse("--preset", "lumenspark", "--k", "64")[0].k == 64
+
+
+def test_checkpoints_do_not_go_to_the_finished_model():
+    training = parse("--output_dir", "models/one")[2]
+    assert training.output_dir == "models/one"
+    assert training.checkpoint_dir == "models/trainer_output/one"
+
+
+def test_a_preset_does_not_choose_a_preset(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text('{"preset": "base"}')
+    with pytest.raises(InputError, match="sets 'preset', which is no argument"):
+        parse("--preset", str(path))
