@@ -17,7 +17,7 @@ _HOME = {
     "LinformerForSequenceClassification": "modeling_linformer",
     "LinformerForTokenClassification": "modeling_linformer",
     "LinformerModel": "modeling_linformer",
-    "LowRankLinear": "modeling_linformer",
+    "LowRankLinear": "layers_linformer",
 }
 
 __all__ = [*_HOME]
@@ -37,7 +37,7 @@ def __dir__() -> list[str]:
 
 
 def register_auto_classes() -> None:
-    """Make AutoConfig, AutoModel and the AutoModelFor... classes know the Linformer; calling it again changes nothing."""
+    """Make transformers' Auto classes know the Linformer; calling it again changes nothing."""
     from transformers import (
         AutoConfig,
         AutoModel,

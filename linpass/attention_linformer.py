@@ -14,6 +14,7 @@ N grid columns (queries), M key columns, C blocks, S slot rows (block by block),
 R slots of a block, D features, X 1 or G sets of mixing weights.
 """
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -159,9 +160,16 @@ def slot_centres(blocks: Tensor | int, block_size: int, slots: int) -> Tensor:
     """
     if isinstance(blocks, int):
         blocks = torch.arange(blocks)
-    double = torch.float32 if blocks.device.type == "mps" else torch.float64
-    within_R = (torch.arange(slots, device=blocks.device, dtype=double) + 0.5) * (block_size / slots) - 0.5
+    within_R = (torch.arange(slots, device=blocks.device, dtype=_widest(blocks.device)) + 0.5) * (
+        block_size / slots
+    ) - 0.5
     return (blocks[..., None] * block_size + within_R).flatten(-2)
+
+
+def sequence_centres(tokens: int, slots: int, device: torch.device) -> Tensor:
+    """The same for slots that mix a whole sequence of ``tokens``, [1, slots]; they need not divide it."""
+    index_T = torch.arange(tokens, dtype=_widest(device), device=device)
+    return (index_T @ pooling_weight(tokens, slots, index_T.dtype, device))[None]
 
 
 def rotary_angles(position_BN: Tensor, dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -169,7 +177,7 @@ def rotary_angles(position_BN: Tensor, dim: int, base: float, dtype: torch.dtype
 
     Angles are formed in float64: in float32 they are wrong by 0.06 at a million tokens.
     """
-    double = torch.float32 if position_BN.device.type == "mps" else torch.float64
+    double = _widest(position_BN.device)
     inverse = base ** (-torch.arange(0, dim, 2, device=position_BN.device, dtype=double) / dim)
     angle_BND = (position_BN.to(double)[..., None] * inverse).repeat(1, 1, 2)[:, None]
     return angle_BND.cos().to(dtype), angle_BND.sin().to(dtype)
@@ -206,7 +214,7 @@ def mix_blocks(states_BGND: Tensor, weight_XCPR: Tensor, block_BC: Tensor | None
 
 
 def mix_sequence(states_BGND: Tensor, weight_XNK: Tensor, keep_BN: Tensor | None = None) -> Tensor:
-    r"""K slots that mix a whole row, :math:`E^\top K` (section 4 of the paper), as [B, G, K, D]; padding enters none."""
+    r"""K slots that mix a whole row, :math:`E^\top K` (paper, section 4), as [B, G, K, D]; padding enters none."""
     if keep_BN is not None:
         states_BGND = states_BGND.masked_fill(~keep_BN[:, None, :, None], 0)
     tokens = states_BGND.shape[2]
@@ -237,7 +245,7 @@ def attend_visible(
         scores = scores.masked_fill(~visible, float("-inf"))
     probabilities = scores.softmax(-1, dtype=_accumulate_in(scores.dtype)).to(query_BHND.dtype)
     output = probabilities.reshape(batch, groups, heads // groups * tokens, -1) @ value_BGMD
-    return output.reshape(batch, heads, tokens, dim), probabilities
+    return output.reshape(batch, heads, tokens, -1), probabilities
 
 
 def visible_slots(
@@ -337,9 +345,7 @@ def attend_blocks(
         at a time and formed again in the backward pass.
     Invariants: output t is a function of tokens up to t alone, to the bit; equals :func:`attend_blocks_reference`.
     """
-    return _AttendBlocks.apply(
-        query_BHND, key_BGMD, value_BGMD, slot_key_BGSD, slot_value_BGSD, layout, first_block_BC
-    )
+    return _AttendBlocks.apply(query_BHND, key_BGMD, value_BGMD, slot_key_BGSD, slot_value_BGSD, layout, first_block_BC)
 
 
 class _AttendBlocks(torch.autograd.Function):
@@ -354,7 +360,7 @@ class _AttendBlocks(torch.autograd.Function):
         slot_key, slot_value = slot_key_BGSD.flatten(0, 1), slot_value_BGSD.flatten(0, 1)
         output = torch.empty_like(query)
         logsumexp = query.new_empty(query.shape[:-1], dtype=_accumulate_in(query.dtype))
-        with torch.autocast(query.device.type, enabled=False):
+        with exact(query.device):
             for chunk in _chunks(tokens, key.shape[1], slot_key.shape[1], layout, query.device):
                 queries, slots, tokens_seen = chunk
                 chunk_query = query[:, :, queries].flatten(1, 2)
@@ -380,7 +386,7 @@ class _AttendBlocks(torch.autograd.Function):
         # Every chunk adds to the slots, several to a key: sums in float32 at least.
         grad_key, grad_value = (torch.zeros_like(states, dtype=accumulate) for states in (key, value))
         grad_slot_key, grad_slot_value = (torch.zeros_like(s, dtype=accumulate) for s in (slot_key, slot_value))
-        with torch.autocast(query.device.type, enabled=False):
+        with exact(query.device):
             dot_grad_output = (grad.to(accumulate) * output).sum(-1)
             for chunk in _chunks(tokens, key.shape[1], slot_key.shape[1], layout, query.device):
                 queries, slots, tokens_seen = chunk
@@ -462,8 +468,18 @@ def _chunk_scores(
     return torch.baddbmm(bias, chunk_query, keys.transpose(1, 2), alpha=scale).to(_accumulate_in(keys.dtype))
 
 
+def exact(device: torch.device):
+    """A context in which autocast leaves the dtypes as they are."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 def _accumulate_in(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
+
+
+def _widest(device: torch.device) -> torch.dtype:
+    """For positions: float64, which Apple's devices do not have."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _gather(states: Tensor, index: Tensor) -> Tensor:

@@ -55,8 +55,8 @@ class LinformerCacheLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         raise NotImplementedError(
-            "LinformerCacheLayer is written by LinformerAttention through write_token and write_grid; it keeps mixtures "
-            "of tokens, which keys and values alone do not give"
+            "LinformerCacheLayer keeps mixtures of tokens, which keys and values alone do not give: LinformerAttention "
+            "writes it through write_token and write_grid"
         )
 
     def write_token(

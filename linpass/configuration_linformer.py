@@ -47,7 +47,7 @@ class LinformerConfig(PretrainedConfig):
         use_cache: return a :class:`LinformerCache` from the forward pass.
 
     Raises:
-        ValueError: a value breaks a rule; the message names the field, the value, the rule and the nearest valid values.
+        ValueError: a value breaks a rule; the message names field, value, rule and the nearest valid values.
 
     Example:
         >>> LinformerConfig(seq_length=512, k=128, block_size=32).slots_per_block(0)

@@ -1,18 +1,17 @@
 """The Linformer as transformers models: base, causal LM, masked LM, sequence and token classification.
 
-The mathematics is in ``attention_linformer``, what decoding remembers in ``cache_linformer``. Saved folders carry these
-files, so that they load with ``trust_remote_code=True`` where linpass is not installed.
+Layers are in ``layers_linformer``, the mathematics in ``attention_linformer``, what decoding remembers in
+``cache_linformer``. Saved folders carry these files, so that they load with ``trust_remote_code=True`` where linpass is
+not installed.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -20,395 +19,17 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_linformer import (
-    BlockLayout,
-    TokenGrid,
-    attend_blocks,
-    attend_blocks_reference,
-    attend_visible,
-    continued_grid,
-    mix_blocks,
-    mix_sequence,
-    packed_grid,
-    plain_grid,
-    pooling_weight,
-    require,
-    rotary_angles,
-    rotate,
-    slot_centres,
-)
-from .cache_linformer import LinformerCache, LinformerCacheLayer
+from .attention_linformer import TokenGrid, continued_grid, packed_grid, plain_grid, require, rotary_angles
+from .cache_linformer import LinformerCache
 from .configuration_linformer import LinformerConfig
+from .layers_linformer import LinformerAttention, LinformerBlock, SequenceProjection
 
 logger = logging.get_logger(__name__)
-
-
-class LowRankLinear(nn.Module):
-    r"""A linear map of rank ``rank``, :math:`W \approx U V^\top`: ``rank * (in + out)`` numbers instead of ``in * out``.
-
-    Args:
-        in_features, out_features: widths.
-        rank: inner width.
-        bias: add a bias after U.
-
-    Example:
-        >>> sum(p.numel() for p in LowRankLinear(512, 2048, 256).parameters())
-        655360
-    """
-
-    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = False):
-        super().__init__()
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        self.v = nn.Linear(in_features, rank, bias=False)
-        self.u = nn.Linear(rank, out_features, bias=bias)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.u(self.v(hidden_states))
-
-
-def _linear(in_features: int, out_features: int, rank: int | None) -> nn.Module:
-    if rank is None:
-        return nn.Linear(in_features, out_features, bias=False)
-    return LowRankLinear(in_features, out_features, rank)
-
-
-def _init_linear(linear: nn.Module, std: float) -> None:
-    """Entries of the matrix, or of the product of its two factors, with standard deviation ``std``."""
-    if isinstance(linear, LowRankLinear):
-        factor_std = (std / linear.rank**0.5) ** 0.5
-        init.normal_(linear.v.weight, std=factor_std)
-        init.normal_(linear.u.weight, std=factor_std)
-    else:
-        init.normal_(linear.weight, std=std)
-
-
-class SequenceProjection(nn.Module):
-    """The weights E and F that mix tokens into slots, for one layer or for the whole model.
-
-    Stored [X, tokens, slots], X the number of key/value heads or 1. ``learned``: a row per position of the sequence;
-    ``convolution``: a row per position of a block; ``pooling``: nothing stored.
-    """
-
-    def __init__(self, config: LinformerConfig, layer_idx: int):
-        super().__init__()
-        k = config.layer_k(layer_idx)
-        self.causal, self.kind = config.causal, config.projection
-        self.seq_length = config.seq_length
-        if config.causal:
-            self.block_size, self.slots = config.block_size, config.slots_per_block(layer_idx)
-        elif config.projection == "learned":
-            self.block_size, self.slots = config.seq_length, k
-        else:
-            self.block_size, self.slots = config.seq_length // k, 1
-        # At the start every position mixes as pooling does; in an encoder with a little noise, to part equal slots.
-        self.noise_std = config.initializer_range * k / config.seq_length if not config.causal else 0.0
-        if config.projection == "pooling":
-            self.key = self.value = None
-            return
-        sets = config.num_key_value_heads if config.projection_sharing == "none" else 1
-        rows = config.seq_length if config.projection == "learned" else self.block_size
-        self.key = nn.Parameter(torch.empty(sets, rows, self.slots))
-        apart = config.projection_sharing in ("none", "headwise")
-        self.value = nn.Parameter(torch.empty(sets, rows, self.slots)) if apart else None
-
-    @torch.no_grad()
-    def reset(self) -> None:
-        """Initial weights: means of neighbouring tokens."""
-        for weight in (self.key, self.value):
-            if weight is None:
-                continue
-            start = torch.empty_like(weight)
-            block = pooling_weight(self.block_size, self.slots, torch.float32, weight.device)
-            start.copy_(block.repeat(weight.shape[1] // self.block_size, 1))
-            if self.noise_std and self.kind == "learned":
-                start += torch.randn_like(start) * self.noise_std
-            init.copy_(weight, start)
-
-    def forward(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights for keys and values, [X, C, P, R]: C blocks of P tokens, R slots each."""
-        if self.key is None:
-            key = pooling_weight(self.block_size, self.slots, like.dtype, like.device)[None]
-        else:
-            key = self.key
-        key = key.unflatten(1, (-1, self.block_size))
-        return key, key if self.value is None else self.value.unflatten(1, (-1, self.block_size))
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    is_causal: bool = False,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    """transformers' attention interface over :func:`attend_visible`; ``attention_mask`` is boolean."""
-    if is_causal:
-        attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
-    output, probabilities = attend_visible(query, key, value, attention_mask, scaling)
-    return output.transpose(1, 2), probabilities
-
-
-class LinformerAttention(nn.Module):
-    """Projections, rotation and the three ways to attend: bidirectional, causal, one token at a time."""
-
-    def __init__(self, config: LinformerConfig, layer_idx: int):
-        super().__init__()
-        self.config, self.layer_idx = config, layer_idx
-        self.heads, self.key_value_heads, self.head_dim = config.heads, config.num_key_value_heads, config.head_dim
-        self.num_key_value_groups = self.heads // self.key_value_heads
-        self.is_causal = config.causal
-        self.k = config.layer_k(layer_idx)
-        self.slots_per_block = config.slots_per_block(layer_idx) if config.causal else 0
-        self.layout = BlockLayout(
-            block_size=config.block_size,
-            window_size=config.window_size,
-            slots_per_block=self.slots_per_block,
-            visible_blocks=self.k // self.slots_per_block if self.slots_per_block else 0,
-        )
-        rank = config.attention_rank
-        self.q_proj = _linear(config.embed_dim, self.heads * self.head_dim, rank)
-        self.k_proj = _linear(config.embed_dim, self.key_value_heads * self.head_dim, rank)
-        self.v_proj = _linear(config.embed_dim, self.key_value_heads * self.head_dim, rank)
-        self.o_proj = _linear(self.heads * self.head_dim, config.embed_dim, rank)
-        own = self.k and config.projection_sharing != "layerwise"
-        self.projection = SequenceProjection(config, layer_idx) if own else None
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        grid: TokenGrid,
-        angles: tuple[Tensor, Tensor] | None,
-        shared_weights: tuple[Tensor, Tensor] | None,
-        past_key_values: LinformerCache | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """
-        Args:
-            hidden_states: [B, T, E] in the order given.
-            grid: where the tokens stand.
-            angles: rotary cos and sin for the columns of the grid; None for learned positions.
-            shared_weights: mixing weights of the model, where all layers share them.
-        Returns: [B, T, E], and probabilities [B, H, T, k + T] from the eager implementation, else None.
-        """
-        hidden_states = grid.place(hidden_states)
-        query = self.q_proj(hidden_states).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
-        key = self.k_proj(hidden_states).unflatten(-1, (self.key_value_heads, self.head_dim)).transpose(1, 2)
-        value = self.v_proj(hidden_states).unflatten(-1, (self.key_value_heads, self.head_dim)).transpose(1, 2)
-        if self.config.qk_norm:
-            query = F.rms_norm(query, (self.head_dim,), eps=self.config.norm_eps).to(value.dtype)
-            key = F.rms_norm(key, (self.head_dim,), eps=self.config.norm_eps).to(value.dtype)
-        weights = shared_weights if self.projection is None else self.projection(hidden_states)
-        query = query if angles is None else rotate(query, angles)
-
-        cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        if not self.is_causal:
-            output, probabilities = self._attend_both_ways(query, key, value, weights, grid, angles, **kwargs)
-        elif cache is not None and cache.columns and grid.columns == 1:
-            output, probabilities = self._attend_one_token(query, key, value, weights, grid, angles, cache), None
-        else:
-            output, probabilities = self._attend_before(query, key, value, weights, grid, angles, cache, **kwargs)
-        return self.o_proj(grid.restore(output.transpose(1, 2).flatten(2))), probabilities
-
-    def _attend_both_ways(self, query, key, value, weights, grid, angles, **kwargs):
-        """Section 4 of the paper: all queries, k slots that mix the whole row; k = 0 is full attention."""
-        if not self.k:
-            keys, values = key if angles is None else rotate(key, angles), value
-            visible = None if grid.keep_BN is None else grid.keep_BN[:, None, None]
-        elif self.config.projection == "learned":
-            key_weight, value_weight = weights
-            keys = mix_sequence(key, key_weight[:, 0], grid.keep_BN)
-            values = mix_sequence(value, value_weight[:, 0], grid.keep_BN)
-            visible = None
-            if angles is not None:
-                keys = self._rotate_slots(keys, self._sequence_centres(key.device))
-        else:
-            keys, values, visible = self._mix_strides(key, value, weights, grid)
-            if angles is not None:
-                keys = self._rotate_slots(keys, slot_centres(self._blocks(keys.shape[2], key.device), self._stride, 1))
-        if visible is not None:  # a row without tokens looks at slot 0: its output is meaningless, not NaN
-            visible = visible | (torch.arange(visible.shape[-1], device=visible.device) == 0)
-        return self._through_interface(query, keys, values, visible, grid, is_causal=False, **kwargs)
-
-    @property
-    def _stride(self) -> int:
-        """Tokens per slot of a bidirectional convolution or pooling."""
-        return self.config.seq_length // self.k
-
-    def _mix_strides(self, key, value, weights, grid):
-        """Bidirectional convolution or pooling: slot i mixes tokens i * stride to (i + 1) * stride - 1."""
-        stride = self._stride
-        slots = min(-(-grid.columns // stride), self.k)  # columns past seq_length hold padding only
-        missing = (0, 0, 0, slots * stride - min(grid.columns, slots * stride))
-        mixed = []
-        for states, weight in zip((key, value), weights, strict=True):
-            if grid.keep_BN is not None:
-                states = states.masked_fill(~grid.keep_BN[:, None, :, None], 0)
-            mixed.append(mix_blocks(F.pad(states[:, :, : slots * stride], missing), weight))
-        if grid.keep_BN is None and grid.columns == slots * stride:
-            return *mixed, None
-        first = self._blocks(slots, key.device) * stride
-        total = grid.columns if grid.total_B is None else grid.total_B[:, None]
-        held = (total - first).clamp(0, stride).expand(1 if grid.total_B is None else len(key), slots)
-        if self.config.projection == "pooling":  # a slot that is partly filled is the mean of what it holds
-            mixed = [states * (stride / held.clamp(min=1)).to(states.dtype)[:, None, :, None] for states in mixed]
-        return *mixed, (held > 0)[:, None, None]
-
-    def _attend_before(self, query, key, value, weights, grid, angles, cache, **kwargs):
-        """Causal: tokens of this call, after those in the cache, if any."""
-        layout, continues = self.layout, cache is not None and cache.columns > 0
-        slot_key, slot_value = key[:, :, :0], value[:, :, :0]
-        block_key, block_value = slot_key, slot_value
-        blocks = grid.block_numbers(layout.block_size)
-        rotated = key if angles is None else rotate(key, angles)
-        if self.k and cache is None:
-            slot_key, slot_value = mix_blocks(key, weights[0], blocks), mix_blocks(value, weights[1], blocks)
-        elif self.k:
-            block_key, block_value = self._sum_blocks(key, value, weights, grid, blocks, cache)
-            slot_key, slot_value = block_key, block_value.to(value.dtype)
-        if self.k and angles is not None:
-            count = slot_key.shape[2] // layout.slots_per_block
-            numbers = self._blocks(count, key.device)[None] if blocks is None else blocks[:, :count]
-            centres = slot_centres(numbers, layout.block_size, layout.slots_per_block)
-            slot_key = self._rotate_slots(slot_key, centres)
-        slot_key = slot_key.to(key.dtype)
-
-        plain = not continues and grid.first_block_BC is None
-        if not self.k and plain and layout.window_size >= grid.columns:
-            output, probabilities = self._through_interface(query, rotated, value, None, grid, is_causal=True, **kwargs)
-        else:
-            tensors = (query, rotated, value, slot_key, slot_value)
-            if continues:
-                tensors = (
-                    query,
-                    cache.tokens_before(grid, rotated, cache.keys, layout.window_size),
-                    cache.tokens_before(grid, value, cache.values, layout.window_size),
-                    torch.cat((cache.slots_before(grid, cache.slot_keys), slot_key), 2),
-                    torch.cat((cache.slots_before(grid, cache.slot_values), slot_value), 2),
-                )
-                layout = layout._replace(past_tokens=layout.window_size, past_blocks=layout.visible_blocks)
-            if self.config._attn_implementation == "eager":
-                output, probabilities = attend_blocks_reference(*tensors, layout, grid.first_block_BC)
-                probabilities = None if continues else self._in_given_order(probabilities, slot_key.shape[2], grid)
-            else:
-                output, probabilities = attend_blocks(*tensors, layout, grid.first_block_BC), None
-        if cache is not None:
-            if not cache.is_initialized:
-                cache.lazy_initialization(key, value)
-            cache.write_grid(grid, rotated, value, block_key, block_value, slot_key, kwargs["tokens"])
-        return output, probabilities
-
-    def _sum_blocks(self, key, value, weights, grid, blocks, cache):
-        """Mixtures of all blocks of the grid, the last ones incomplete, the first with what the cache holds of it.
-
-        In float32 at least: a block under way is a sum over many calls, and must not drift from one call over all.
-        """
-        columns = -(-grid.columns // self.layout.block_size) * self.layout.block_size
-        sums = []
-        for states, weight in zip((key, value), weights, strict=True):
-            states = states.to(torch.promote_types(states.dtype, torch.float32))
-            if grid.keep_BN is not None:
-                states = states.masked_fill(~grid.keep_BN[:, None, :, None], 0)
-            states = F.pad(states, (0, 0, 0, columns - grid.columns))
-            with torch.autocast(states.device.type, enabled=False):
-                sums.append(mix_blocks(states, weight.to(states.dtype), blocks))
-        if cache.columns:
-            begun = (cache.block_keys, cache.block_values)
-            behind = (0, 0, 0, sums[0].shape[2] - self.layout.slots_per_block)
-            sums = [blocks_sum + F.pad(under_way, behind) for blocks_sum, under_way in zip(sums, begun, strict=True)]
-        return sums
-
-    def _attend_one_token(self, query, key, value, weights, grid, angles, cache: LinformerCacheLayer):
-        """One token per row against slots and ring; the same cost at any position."""
-        rotated = key if angles is None else rotate(key, angles)
-        block_keys, block_values = cache.block_keys, cache.block_values
-        slot_keys = block_keys
-        if self.k:
-            block, within = cache.seen // self.layout.block_size, cache.seen % self.layout.block_size
-            # Row of the mixing weights of every row's token, [B, X, R, 1].
-            key_weight, value_weight = (
-                weight[:, block.clamp(max=weight.shape[1] - 1), within].transpose(0, 1)[..., None].to(block_keys.dtype)
-                for weight in weights
-            )
-            block_keys = block_keys + key_weight * key
-            block_values = block_values + value_weight * value
-            slot_keys = block_keys
-            if angles is not None:
-                centres = slot_centres(block[:, None], self.layout.block_size, self.layout.slots_per_block)
-                slot_keys = self._rotate_slots(slot_keys, centres)
-        cache.write_token(rotated, value, block_keys, block_values, slot_keys, grid.keep_BN)
-        keys, values, visible = cache.everything()
-        return attend_visible(query, keys, values, visible)[0]
-
-    def _through_interface(self, query, key, value, visible, grid, is_causal, **kwargs):
-        """transformers' own attention implementations, where plain attention over ``key`` is all there is to do."""
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        output, probabilities = attend(
-            self, query, key, value, visible, dropout=0.0, scaling=self.head_dim**-0.5, is_causal=is_causal
-        )
-        if probabilities is not None:
-            probabilities = self._in_given_order(probabilities, key.shape[2] if self.k else 0, grid)
-        return output.transpose(1, 2), probabilities
-
-    def _in_given_order(self, probabilities: Tensor, slots: int, grid: TokenGrid) -> Tensor:
-        """Probabilities over grid slots and columns -> [B, H, T, k + T]: k slots first, then tokens as they were given."""
-        over_slots, over_tokens = probabilities[..., :slots], probabilities[..., slots:]
-        over_slots = F.pad(over_slots, (0, max(self.k - slots, 0)))
-        if not self.is_causal and self.k:
-            over_tokens = over_slots[..., :0]
-        elif grid.column_BT is not None:
-            heads, columns = over_tokens.shape[1:3]
-            over_tokens = over_tokens.gather(3, grid.column_BT[:, None, None].expand(-1, heads, columns, -1))
-        in_order = torch.cat((over_slots, over_tokens), -1)
-        return grid.restore(in_order.transpose(1, 2)).transpose(1, 2)
-
-    def _rotate_slots(self, slot_keys: Tensor, centres: Tensor) -> Tensor:
-        return rotate(slot_keys, rotary_angles(centres, self.head_dim, self.config.rotary_base, slot_keys.dtype))
-
-    def _sequence_centres(self, device: torch.device) -> Tensor:
-        """Centres of the tokens that each of k slots averages at initialisation, [1, K]; k need not divide seq_length."""
-        weight = pooling_weight(self.config.seq_length, self.k, torch.float64 if device.type != "mps" else torch.float32)
-        return (torch.arange(self.config.seq_length, dtype=weight.dtype) @ weight)[None].to(device)
-
-    @staticmethod
-    def _blocks(count: int, device: torch.device) -> Tensor:
-        return torch.arange(count, device=device)
-
-
-class LinformerMLP(nn.Module):
-    """Feed-forward layer, W2 GELU(W1 x)."""
-
-    def __init__(self, config: LinformerConfig):
-        super().__init__()
-        self.up_proj = _linear(config.embed_dim, config.intermediate_size, config.rank)
-        self.down_proj = _linear(config.intermediate_size, config.embed_dim, config.rank)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.up_proj(hidden_states)))
-
-
-class LinformerBlock(GradientCheckpointingLayer):
-    """Pre-norm residual block: attention, then feed-forward."""
-
-    def __init__(self, config: LinformerConfig, layer_idx: int):
-        super().__init__()
-        self.attention_norm = nn.RMSNorm(config.embed_dim, eps=config.norm_eps)
-        self.attention = LinformerAttention(config, layer_idx)
-        self.mlp_norm = nn.RMSNorm(config.embed_dim, eps=config.norm_eps)
-        self.mlp = LinformerMLP(config)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        attended, _ = self.attention(self.attention_norm(hidden_states), **kwargs)
-        hidden_states = hidden_states + self.dropout(attended)
-        return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
 
 
 class LinformerPreTrainedModel(PreTrainedModel):
@@ -428,15 +49,10 @@ class LinformerPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        std = self.config.initializer_range
-        if isinstance(module, LowRankLinear):
-            _init_linear(module, std)
-        elif isinstance(module, SequenceProjection):
+        if isinstance(module, SequenceProjection):
             module.reset()
-        elif isinstance(module, LinformerBlock):
-            # As GPT-2: the residual stream sums 2 * depth of these, and keeps the variance of one.
-            for linear in (module.attention.o_proj, module.mlp.down_proj):
-                _init_linear(linear, std / (2 * self.config.depth) ** 0.5)
+        elif isinstance(module, nn.Linear) and hasattr(module, "init_std"):
+            init.normal_(module.weight, std=module.init_std)
 
     def save_pretrained(self, save_directory, *args: Any, **kwargs: Any):
         """Save weights, configuration and code; every Auto class opens the folder, with linpass installed or not."""
@@ -499,14 +115,14 @@ class LinformerModel(LinformerPreTrainedModel):
         tokens, device = inputs_embeds.shape[1], inputs_embeds.device
         if past_key_values is not None and not isinstance(past_key_values, LinformerCache):
             raise ValueError(
-                f"past_key_values is a {type(past_key_values).__name__}; a Linformer keeps mixtures of tokens and needs "
-                "a LinformerCache"
+                f"past_key_values is a {type(past_key_values).__name__}; a Linformer keeps mixtures of tokens, it "
+                "needs a LinformerCache"
             )
         use_cache = bool(use_cache) and self.config.causal and document_ids is None
         if past_key_values is None and use_cache:
             past_key_values = LinformerCache(self.config)
         keep = self._real_tokens(attention_mask, inputs_embeds.shape[:2])
-        grid = self._token_grid(tokens, device, keep, document_ids, past_key_values)
+        grid = self._token_grid(inputs_embeds, keep, document_ids, past_key_values)
         self._check_length(grid, tokens, past_key_values)
         if position_ids is not None:
             same = position_ids[..., -tokens:].to(device) == grid.index_BT
@@ -547,7 +163,8 @@ class LinformerModel(LinformerPreTrainedModel):
             )
         return attention_mask[:, attention_mask.shape[1] - shape[1] :] != 0
 
-    def _token_grid(self, tokens, device, keep, document_ids, past_key_values) -> TokenGrid:
+    def _token_grid(self, inputs_embeds, keep, document_ids, past_key_values) -> TokenGrid:
+        (batch, tokens), device = inputs_embeds.shape[:2], inputs_embeds.device
         if document_ids is not None:
             if not self.config.causal or (past_key_values is not None):
                 raise ValueError(
@@ -559,8 +176,8 @@ class LinformerModel(LinformerPreTrainedModel):
         if not self.config.causal:
             raise ValueError("past_key_values: an encoder (causal=False) has no cache")
         seen = past_key_values.layers[0].seen
-        if len(seen) not in (1, len(keep) if keep is not None else len(seen)):
-            raise ValueError(f"past_key_values holds {len(seen)} rows, the batch has {len(keep)}")
+        if len(seen) != batch:
+            raise ValueError(f"past_key_values holds {len(seen)} rows, the batch has {batch}")
         if tokens == 1:
             return TokenGrid(1, seen[:, None], keep_BN=keep)
         return continued_grid(tokens, seen, self.config.block_size, keep)
@@ -757,9 +374,7 @@ class LinformerForSequenceClassification(LinformerPreTrainedModel):
         logits = self.score(self._pool(outputs.last_hidden_state, attention_mask))
         loss = None
         if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, pooled_logits=logits, config=self.config, **kwargs
-            )
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config, **kwargs)
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,

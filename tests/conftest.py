@@ -1,0 +1,60 @@
+"""Fixtures: small configurations, and models whose every parameter is random, so that no symmetry hides an error."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest  # noqa: E402  the variable above is read when huggingface_hub is imported
+import torch  # noqa: E402
+
+from linpass import LinformerConfig  # noqa: E402
+
+TINY = {
+    "vocab_size": 50,
+    "embed_dim": 32,
+    "depth": 2,
+    "heads": 4,
+    "seq_length": 32,
+    "k": 8,
+    "block_size": 8,
+    "window_size": 12,
+    "rank": None,
+    "dropout": 0.0,
+    "pad_token_id": 0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """A function (changed fields) -> LinformerConfig: 2 layers, blocks of 8 tokens, 2 slots each, a window of 12."""
+    return lambda **changes: LinformerConfig(**{**TINY, **changes})
+
+
+@pytest.fixture(scope="session")
+def build():
+    """A function (model class, configuration) -> float64 model in eval mode with random parameters."""
+
+    def make(model_class, config, std=0.3, dtype=torch.float64):
+        torch.manual_seed(1)
+        model = model_class(config).to(dtype).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(std=std)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def device():
+    """The accelerator in tests marked gpu."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return torch.device("cuda")

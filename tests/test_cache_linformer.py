@@ -1,0 +1,237 @@
+"""One cache of constant size: prefill and decoding equal one full forward pass, whatever the split."""
+
+import copy
+
+import pytest
+import torch
+from tolerances import BF16_DECODE_MAX, BF16_DECODE_MEAN, CACHE
+from transformers import DynamicCache
+
+from linpass import LinformerCache, LinformerForCausalLM, LinformerForMaskedLM
+
+SETTINGS = [
+    (position, projection, sharing)
+    for position in ("learned", "rotary")
+    for projection in ("learned", "convolution", "pooling")
+    for sharing in ("none", "layerwise")
+]
+
+
+def in_calls(model, ids, sizes, mask=None):
+    """Logits of the row fed in calls of the given sizes, one cache through all."""
+    past, logits, start = None, [], 0
+    with torch.no_grad():
+        for size in sizes:
+            stop = start + size
+            output = model(
+                ids[:, start:stop],
+                attention_mask=None if mask is None else mask[:, :stop],
+                past_key_values=past,
+                use_cache=True,
+            )
+            past, start = output.past_key_values, stop
+            logits.append(output.logits)
+    assert start == ids.shape[1]
+    return torch.cat(logits, 1), past
+
+
+def splits(tokens):
+    """Every split in two, one by one, in equal calls of all sizes to 17, and a ragged one."""
+    yield from ([cut, tokens - cut] for cut in range(1, tokens))
+    yield [1] * tokens
+    for size in range(2, 18):
+        yield [size] * (tokens // size) + [tokens % size] * (tokens % size > 0)
+    yield [3, 1, 1, 9, 2, tokens - 16]
+
+
+@pytest.mark.parametrize(("position", "projection", "sharing"), SETTINGS)
+def test_every_split_equals_one_forward_pass(position, projection, sharing, build, tiny_config):
+    config = tiny_config(
+        position_embedding=position,
+        projection=projection,
+        projection_sharing=sharing,
+        k=8 if sharing == "layerwise" else [8, 0],
+        num_key_value_heads=2,
+    )
+    model = build(LinformerForCausalLM, config)
+    tokens = 29 if config.max_tokens else 51  # past seq_length = 32 where the model runs on
+    ids = torch.randint(0, 50, (1, tokens))
+    with torch.no_grad():
+        full = model(ids, use_cache=False).logits
+    for sizes in splits(tokens):
+        assert (in_calls(model, ids, sizes)[0] - full).abs().max() < CACHE, sizes
+
+
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("position", "projection"), [("learned", "learned"), ("rotary", "convolution"), ("rotary", "pooling")]
+)
+def test_splits_with_left_padding_and_gaps(position, projection, attn_implementation, build, tiny_config):
+    config = tiny_config(position_embedding=position, projection=projection, projection_sharing="none")
+    model = build(LinformerForCausalLM, config)
+    model.set_attn_implementation(attn_implementation)
+    tokens = 29 if config.max_tokens else 51
+    ids = torch.randint(0, 50, (4, tokens))
+    mask = torch.ones(4, tokens, dtype=torch.long)
+    mask[0, :11] = 0
+    mask[1, [0, 1, 9, 10, 11, 12, 13, 14, 15, 16, 17, 20]] = 0  # a gap of more than a block
+    mask[2, -3:] = 0
+    full = torch.zeros(4, tokens, 50, dtype=torch.float64)
+    with torch.no_grad():
+        for row in range(4):
+            real = mask[row] == 1
+            full[row, real] = model(ids[row : row + 1, real], use_cache=False).logits[0]
+    for sizes in [[1] * tokens, [12, 1, 1, tokens - 14], [18, tokens - 18], [5] * (tokens // 5) + [tokens % 5]]:
+        logits, past = in_calls(model, ids, sizes, mask)
+        assert (logits - full)[mask == 1].abs().max() < CACHE, sizes
+        assert logits.isfinite().all()
+        assert past.layers[0].seen.tolist() == mask.sum(1).tolist()
+        assert past.get_seq_length() == tokens
+
+
+def test_rows_can_be_reordered_selected_repeated_and_copied(build, tiny_config):
+    model = build(LinformerForCausalLM, tiny_config(k=[8, 0]))
+    ids = torch.randint(0, 50, (3, 30))
+    mask = torch.ones(3, 30, dtype=torch.long)
+    mask[1, :5] = 0
+    order = torch.tensor([2, 0, 0, 1])
+    with torch.no_grad():
+        full = model(ids[order], attention_mask=mask[order]).logits
+        for operation in ("reorder_cache", "batch_select_indices"):
+            past = in_calls(model, ids[:, :13], [13], mask[:, :13])[1]
+            prefix = copy.deepcopy(past)
+            getattr(past, operation)(order)
+            rest = model(ids[order, 13:], attention_mask=mask[order], past_key_values=past).logits
+            assert (rest - full[:, 13:])[mask[order, 13:] == 1].abs().max() < CACHE
+        prefix.batch_repeat_interleave(2)
+        repeated = torch.tensor([0, 0, 1, 1, 2, 2])
+        rest = model(ids[repeated, 13:], attention_mask=mask[repeated], past_key_values=prefix).logits
+        full = model(ids[repeated], attention_mask=mask[repeated]).logits
+        assert (rest - full[:, 13:]).abs().max() < CACHE
+
+
+def test_a_copied_prefix_is_not_touched_by_its_copy(build, tiny_config):
+    model = build(LinformerForCausalLM, tiny_config())
+    ids = torch.randint(0, 50, (1, 30))
+    prefix = in_calls(model, ids[:, :12], [12])[1]
+    before = {name: getattr(prefix.layers[0], name).clone() for name in prefix.layers[0]._tensors}
+    past = copy.deepcopy(prefix)
+    with torch.no_grad():
+        for t in range(12, 30):
+            past = model(ids[:, t : t + 1], past_key_values=past).past_key_values
+    assert all(torch.equal(before[name], getattr(prefix.layers[0], name)) for name in before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [4, 2])
+def test_bytes_are_the_formula_and_do_not_grow(dtype, heads, build, tiny_config):
+    config = tiny_config(
+        position_embedding="rotary", projection="convolution", k=[8, 16], num_key_value_heads=heads, depth=2
+    )
+    model = build(LinformerForCausalLM, config, dtype=dtype)
+    batch, dim, size = 3, config.head_dim, dtype.itemsize
+    expected = 0
+    for k, r in ((8, 2), (16, 4)):
+        expected += 2 * batch * heads * (k + config.window_size) * dim * size  # slots and ring
+        expected += 2 * batch * heads * r * dim * max(size, 4)  # the block under way
+        expected += 8 * batch  # tokens seen
+    past, seen = None, []
+    ids = torch.randint(0, 50, (batch, 45))
+    with torch.no_grad():
+        for t in range(45):
+            past = model(ids[:, t : t + 1], past_key_values=past, use_cache=True).past_key_values
+            seen.append(past.nbytes)
+    assert set(seen) == {expected}
+
+
+@pytest.mark.slow
+def test_bytes_do_not_grow_from_1000_to_20000_generated_tokens(tiny_config):
+    config = tiny_config(position_embedding="rotary", projection="convolution", depth=1, embed_dim=16, heads=2)
+    model = LinformerForCausalLM(config).eval()
+    storages = {}
+    past, token = None, torch.zeros(1, 1, dtype=torch.long)
+    with torch.no_grad():
+        for position in range(20_001):
+            output = model(token, past_key_values=past, use_cache=True)
+            past, token = output.past_key_values, output.logits[:, -1:].argmax(-1)
+            if position in (1_000, 20_000):
+                layer = past.layers[0]
+                tensors = [value for value in vars(layer).values() if isinstance(value, torch.Tensor)]
+                storages[position] = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+    assert past.get_seq_length() == 20_001
+    assert storages[1_000] == storages[20_000] == past.nbytes
+
+
+@pytest.mark.slow
+def test_bfloat16_decoding_stays_with_prefill_over_2000_tokens(tiny_config):
+    config = tiny_config(
+        position_embedding="rotary", projection="convolution", qk_norm=True, seq_length=512, k=64, window_size=32
+    )
+    torch.manual_seed(1)
+    model = LinformerForCausalLM(config).to(torch.bfloat16).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    ids = torch.randint(0, 50, (1, 2000))
+    with torch.no_grad():
+        prefill = model(ids, use_cache=False).logits.float()
+    decoded = in_calls(model, ids, [1] * 2000)[0].float()
+    difference = (decoded - prefill).abs() / prefill.std()
+    assert difference.max() < BF16_DECODE_MAX
+    assert difference.mean() < BF16_DECODE_MEAN
+    assert difference[:, -200:].mean() < 1.5 * difference[:, :200].mean()  # no drift
+
+
+def test_gradients_flow_through_the_cache(build, tiny_config):
+    """Teacher forcing in two calls gives the gradients of one."""
+    model = build(LinformerForCausalLM, tiny_config(projection_sharing="none"))
+    ids = torch.randint(0, 50, (2, 27))
+    gradients = []
+    for sizes in ([27], [11, 16], [11, 1, 15], [10] + [1] * 17):
+        model.zero_grad()
+        past, start, loss = None, 0, 0.0
+        for size in sizes:
+            output = model(ids[:, start : start + size], past_key_values=past, use_cache=len(sizes) > 1)
+            past, start = output.past_key_values, start + size
+            loss = loss + (output.logits.sin()).sum()
+        loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    for other in gradients[1:]:
+        for got, expected in zip(other, gradients[0], strict=True):
+            assert (got - expected).abs().max() < CACHE * max(1, expected.abs().max().item())
+
+
+def test_what_a_cache_cannot_do_is_said(build, tiny_config):
+    model = build(LinformerForCausalLM, tiny_config())
+    ids = torch.randint(0, 50, (1, 4))
+    with pytest.raises(ValueError, match="DynamicCache.*LinformerCache"):
+        model(ids, past_key_values=DynamicCache(config=model.config))
+    past = model(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="cannot be cropped"):
+        past.layers[0].crop(-1)
+    with pytest.raises(ValueError, match="1 rows.*2"):
+        model(torch.randint(0, 50, (2, 3)), past_key_values=past)
+    with pytest.raises(ValueError, match="document_ids"):
+        model(ids, past_key_values=past, document_ids=torch.zeros_like(ids))
+    past.reset()
+    assert past.get_seq_length() == 0
+    assert past.nbytes == 0
+    assert (model(ids, past_key_values=past).logits - model(ids).logits).abs().max() < CACHE
+
+    encoder = build(LinformerForMaskedLM, tiny_config(causal=False))
+    assert encoder.model(ids, use_cache=True).past_key_values is None
+
+
+def test_a_sequence_beyond_the_configuration_is_refused(build, tiny_config):
+    model = build(LinformerForCausalLM, tiny_config())
+    with pytest.raises(ValueError, match="seq_length=32"):
+        model(torch.randint(0, 50, (1, 33)))
+    past = model(torch.randint(0, 50, (1, 32)), use_cache=True).past_key_values
+    assert isinstance(past, LinformerCache)
+    with pytest.raises(ValueError, match="seq_length=32"):
+        model(torch.randint(0, 50, (1, 1)), past_key_values=past)
+    # Padding takes no position: 40 columns with 32 real tokens are fine.
+    ids, mask = torch.randint(0, 50, (1, 40)), torch.ones(1, 40, dtype=torch.long)
+    mask[0, :8] = 0
+    assert (model(ids, attention_mask=mask).logits[:, 8:] - model(ids[:, 8:]).logits).abs().max() < CACHE
+    with pytest.raises(ValueError, match="seq_length=32"):
+        build(LinformerForMaskedLM, tiny_config(causal=False, position_embedding="rotary"))(ids)

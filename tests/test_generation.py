@@ -1,0 +1,159 @@
+"""``generate`` with the constant-size cache says what ``generate`` without any cache says."""
+
+import pytest
+import torch
+from transformers import GenerationConfig, pipeline
+
+from linpass import LinformerForCausalLM
+
+GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+@pytest.fixture(scope="module")
+def model(build, tiny_config):
+    """Runs past seq_length = 32."""
+    config = tiny_config(position_embedding="rotary", projection="convolution", projection_sharing="none")
+    return build(LinformerForCausalLM, config)
+
+
+def left_padded(lengths, width):
+    ids, mask = torch.randint(1, 50, (len(lengths), width)), torch.ones(len(lengths), width, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        mask[row, : width - length] = 0
+        ids[row, : width - length] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        GREEDY,
+        GREEDY | {"num_beams": 3, "num_return_sequences": 2},
+        GREEDY | {"do_sample": True, "top_k": 5, "temperature": 1.3},
+        GREEDY | {"num_beams": 3, "do_sample": True},
+        GREEDY | {"prefill_chunk_size": 5},
+        GREEDY | {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2},
+    ],
+    ids=["greedy", "beam", "sample", "beam sample", "chunked prefill", "penalties"],
+)
+def test_with_cache_equals_without(how, model):
+    inputs = left_padded([13, 4, 20], 20)
+    torch.manual_seed(3)
+    with_cache = model.generate(**inputs, **how, max_new_tokens=30, use_cache=True)
+    torch.manual_seed(3)
+    without = model.generate(
+        **inputs, **{name: value for name, value in how.items() if name != "prefill_chunk_size"},
+        max_new_tokens=30, use_cache=False,
+    )  # fmt: skip
+    assert with_cache.shape[1] == 50
+    assert torch.equal(with_cache, without)
+
+
+def test_a_left_padded_batch_generates_what_its_rows_generate_alone(model):
+    lengths = [13, 4, 20, 1]
+    inputs = left_padded(lengths, 20)
+    together = model.generate(**inputs, **GREEDY, max_new_tokens=30)
+    for row, length in enumerate(lengths):
+        alone = model.generate(inputs["input_ids"][row : row + 1, 20 - length :], **GREEDY, max_new_tokens=30)
+        assert torch.equal(together[row, 20 - length :], alone[0])
+
+
+def test_continuing_from_the_cache_equals_starting_over(model):
+    inputs = left_padded([13, 6], 13)
+    first = model.generate(**inputs, **GREEDY, max_new_tokens=7, return_dict_in_generate=True)
+    mask = torch.cat((inputs["attention_mask"], torch.ones(2, 7, dtype=torch.long)), 1)
+    more = model.generate(
+        first.sequences, attention_mask=mask, past_key_values=first.past_key_values, **GREEDY, max_new_tokens=9
+    )
+    assert torch.equal(more, model.generate(**inputs, **GREEDY, max_new_tokens=16))
+
+
+def test_a_second_batched_turn_with_gaps(model):
+    """Two conversations: replies of different lengths, then new questions, aligned by masked gaps in the middle."""
+    first = model.generate(**left_padded([9, 5], 9), **GREEDY, max_new_tokens=6, return_dict_in_generate=True)
+    question = torch.randint(1, 50, (2, 5))
+    # Row 0 stopped after 2 of its 6 tokens, the others were padding; the cache must not have seen them: feed it anew.
+    history = first.sequences
+    mask = torch.ones(2, 15, dtype=torch.long)
+    mask[1, :4], mask[0, 11:] = 0, 0
+    past = model(history, attention_mask=mask, use_cache=True).past_key_values
+    ids = torch.cat((history, question), 1)
+    full_mask = torch.cat((mask, torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])), 1)
+    together = model.generate(ids, attention_mask=full_mask, past_key_values=past, **GREEDY, max_new_tokens=12)
+    for row in range(2):
+        alone = model.generate(ids[row : row + 1, full_mask[row] == 1], **GREEDY, max_new_tokens=12)
+        assert torch.equal(together[row, 20:], alone[0, -12:])
+
+
+def test_prefix_embeddings(model):
+    ids = torch.randint(1, 50, (2, 11))
+    from_ids = model.generate(ids, **GREEDY, max_new_tokens=8)
+    embeds = model.get_input_embeddings()(ids)
+    assert torch.equal(model.generate(inputs_embeds=embeds, **GREEDY, max_new_tokens=8), from_ids[:, 11:])
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_too_long_is_refused_before_the_first_token(use_cache, build, tiny_config):
+    model = build(LinformerForCausalLM, tiny_config())
+    calls = []
+    model.model.register_forward_hook(lambda *_: calls.append(1))
+    ids = torch.randint(1, 50, (1, 30))
+    with pytest.raises(ValueError, match=r"33.*seq_length=32.*position_embedding='learned'"):
+        model.generate(ids, **GREEDY, max_new_tokens=3, use_cache=use_cache)
+    assert not calls
+    assert model.generate(ids, **GREEDY, max_new_tokens=2, use_cache=use_cache).shape == (1, 32)
+    # Padding takes no position; the longest row counts.
+    inputs = left_padded([20, 28], 40)
+    assert model.generate(**inputs, **GREEDY, max_new_tokens=4, use_cache=use_cache).shape == (2, 44)
+    with pytest.raises(ValueError, match=r"33.*seq_length=32"):
+        model.generate(**inputs, **GREEDY, max_new_tokens=5, use_cache=use_cache)
+
+
+def test_a_continued_turn_that_grows_too_long_is_refused(build, tiny_config):
+    model = build(LinformerForCausalLM, tiny_config())
+    first = model.generate(
+        torch.ones(1, 20, dtype=torch.long), **GREEDY, max_new_tokens=5, return_dict_in_generate=True
+    )
+    with pytest.raises(ValueError, match=r"35.*seq_length=32"):
+        model.generate(first.sequences, past_key_values=first.past_key_values, **GREEDY, max_new_tokens=10)
+
+
+def test_caches_of_another_kind_are_refused(model):
+    from transformers import DynamicCache
+
+    ids = torch.ones(1, 3, dtype=torch.long)
+    with pytest.raises(ValueError, match="DynamicCache"):
+        model.generate(ids, past_key_values=DynamicCache(config=model.config), **GREEDY, max_new_tokens=2)
+    with pytest.raises(ValueError, match="cache_implementation='static'"):
+        model.generate(ids, cache_implementation="static", **GREEDY, max_new_tokens=2)
+    with pytest.raises(ValueError, match="[Aa]ssist|stateful"):
+        model.generate(ids, prompt_lookup_num_tokens=2, **GREEDY, max_new_tokens=2)
+
+
+def test_generation_reports_scores_and_hidden_states(model):
+    output = model.generate(
+        torch.randint(1, 50, (2, 9)),
+        generation_config=GenerationConfig(**GREEDY, max_new_tokens=4),
+        return_dict_in_generate=True,
+        output_scores=True,
+        output_hidden_states=True,
+    )
+    assert len(output.scores) == len(output.hidden_states) == 4
+    assert [len(step) for step in output.hidden_states] == [3] * 4
+
+
+def test_pipeline(model):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<eos>", *(f"w{number}" for number in range(1, 50))]
+    backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<eos>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<eos>")
+    generate = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    prompts = ["w3 w4 w5", "w7", "w9 w10 w11 w12 w13 w14 w15 w16 w17"]
+    how = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "return_full_text": False}
+    together = generate(prompts, batch_size=3, **how)
+    alone = [generate(prompt, **how) for prompt in prompts]
+    assert [row[0]["generated_text"] for row in together] == [row[0]["generated_text"] for row in alone]
+    assert len(alone[0][0]["generated_text"].split()) == 6
