@@ -76,10 +76,10 @@ def test_a_flag_at_the_default_value_wins_too():
 
 
 def test_none_and_lists_on_the_command_line():
-    model = parse("--rank", "none", "--k", "32,64,64,64", "--num-key-value-heads", "2")[0]
+    model = parse("--rank", "none", "--k", "16,32,32", "--num-key-value-heads", "1")[0]
     assert model.rank is None
-    assert model.k == [32, 64, 64, 64]
-    assert model.num_key_value_heads == 2
+    assert model.k == [16, 32, 32]
+    assert model.num_key_value_heads == 1
     assert parse("--preset", "lumenspark", "--k", "64")[0].k == 64
 
 
