@@ -152,17 +152,14 @@ def pooling_weight(tokens: int, slots: int, dtype: torch.dtype, device: torch.de
     return weight_TK / weight_TK.sum(0)
 
 
-def slot_centres(blocks: Tensor | int, block_size: int, slots: int) -> Tensor:
+def slot_centres(blocks: Tensor, block_size: int, slots: int) -> Tensor:
     """Index at the centre of the tokens that each slot averages at the start, [..., blocks * slots], float64.
 
     Args:
-        blocks: block numbers [..., C]; an int is that many blocks from 0.
+        blocks: block numbers [..., C].
     """
-    if isinstance(blocks, int):
-        blocks = torch.arange(blocks)
-    within_R = (torch.arange(slots, device=blocks.device, dtype=_widest(blocks.device)) + 0.5) * (
-        block_size / slots
-    ) - 0.5
+    slot_R = torch.arange(slots, device=blocks.device, dtype=_widest(blocks.device))
+    within_R = (slot_R + 0.5) * (block_size / slots) - 0.5
     return (blocks[..., None] * block_size + within_R).flatten(-2)
 
 

@@ -148,26 +148,29 @@ class LinformerConfig(PretrainedConfig):
         merged = canonical | changed
         if not {"embed_dim", "intermediate_size"}.isdisjoint(changed) and "intermediate_size" not in changed:
             merged.pop("intermediate_size", None)  # a stored 4 * embed_dim follows the new width
-        result = super().from_dict(merged, **rest)
-        new = result[0] if isinstance(result, tuple) else result
         if {"k", "seq_length", "block_size"} & set(changed) and "seq_length" in canonical:
-            new._refuse_other_slots_per_block(cls(**canonical))
-        return result
+            cls(**canonical)._refuse_other_slots_per_block(changed)
+        return super().from_dict(merged, **rest)
 
-    def _refuse_other_slots_per_block(self, saved: "LinformerConfig") -> None:
+    def _refuse_other_slots_per_block(self, changed: dict[str, Any]) -> None:
         """Context extension keeps r: the same mixing weights, more blocks in view."""
-        if not (self.causal and saved.causal):
+        k = changed.get("k", self.k)
+        n, b = changed.get("seq_length", self.seq_length), changed.get("block_size", self.block_size)
+        if not self.causal or isinstance(k, list) != isinstance(self.k, list):
             return
-        for layer_idx in range(min(self.depth, saved.depth)):
-            new_r, saved_r = self.slots_per_block(layer_idx), saved.slots_per_block(layer_idx)
-            if new_r != saved_r or (new_r and self.block_size != saved.block_size):
-                keep = saved_r * self.seq_length // saved.block_size
+        for new, old in zip(k, self.k, strict=False) if isinstance(k, list) else [(k, self.k)]:
+            keep = old * n // self.seq_length
+            if new != keep or (old and b != self.block_size):
                 raise ValueError(
-                    f"k={self.k}, block_size={self.block_size}, seq_length={self.seq_length} give {new_r} slots per "
-                    f"block of {self.block_size} in layer {layer_idx}, the checkpoint was trained with {saved_r} per "
-                    f"block of {saved.block_size}: at seq_length={self.seq_length} it needs k={keep}, "
-                    f"block_size={saved.block_size}"
+                    f"k={k}, block_size={b}, seq_length={n} change the slots per block: the checkpoint was trained with "
+                    f"{old * self.block_size // self.seq_length} per block of {self.block_size}; at seq_length={n} it "
+                    f"needs k={keep}, block_size={self.block_size}"
                 )
+
+    def save_pretrained(self, save_directory, *args: Any, **kwargs: Any):
+        """As transformers', after a check of the fields: a broken configuration writes nothing."""
+        self.validate_architecture()
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
     def validate_architecture(self) -> None:
         """Raise ValueError where fields do not fit each other; run at construction and again before saving."""

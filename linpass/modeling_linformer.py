@@ -56,6 +56,7 @@ class LinformerPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory, *args: Any, **kwargs: Any):
         """Save weights, configuration and code; every Auto class opens the folder, with linpass installed or not."""
+        self.config.validate_architecture()  # before anything is written
         # save_pretrained enters only the class that is saved; an encoder or a classifier opens from the same folder.
         self.config.auto_map = {
             "AutoConfig": "configuration_linformer.LinformerConfig",

@@ -1,4 +1,4 @@
-"""The whole model against loops over single tokens, values and all gradients; padded and packed rows against lone rows."""
+"""The whole model against loops over single tokens, with all gradients; padded and packed rows against lone rows."""
 
 import pytest
 import reference
