@@ -1,6 +1,7 @@
 """Continuing a prompt with a saved causal language model, streamed to the terminal."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, TextStreamer, set_seed
@@ -36,7 +37,7 @@ def generate(
         raise InputError(f"model={folder!r} must be a folder with a saved model")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"model={folder!r} must hold a causal language model and its tokenizer: {error}") from error
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")

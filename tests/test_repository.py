@@ -14,7 +14,7 @@ PACKAGE = ROOT / "linpass"
 HUB_FILES = sorted(PACKAGE.glob("*_linformer.py"))
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up: a file imports only what stands before it.
-ORDER = ("errors", "configuration", "attention", "kernels", "cache", "modeling", "training")
+ORDER = ("errors", "configuration", "attention", "kernels", "cache", "layers", "modeling", "training")
 
 
 def level(module: str) -> int | None:

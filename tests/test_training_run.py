@@ -61,7 +61,8 @@ def test_special_ids_are_the_tokenizers(model_folder):
     model = LinformerForCausalLM.from_pretrained(model_folder)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        assert getattr(model.config, name) == getattr(model.generation_config, name) == getattr(tokenizer, name) == 0
+        assert getattr(model.config, name) == getattr(tokenizer, name) == 0
+        assert getattr(model.generation_config, name) in (0, [0])  # transformers 5.17 stores eos_token_id as a list
     assert model.config.use_cache
     assert tokenizer.padding_side == "left"
 

@@ -142,7 +142,7 @@ def train_help() -> str:
     lines += ["", "training (every flag of transformers.TrainingArguments; --help_all lists them), among them:"]
     lines += [
         _help_line("output_dir", "./final_model", "the finished model; complete or not there"),
-        _help_line("checkpoint_dir", None, "checkpoints; none: trainer_output/NAME beside output_dir"),
+        _help_line("checkpoint_dir", "trainer_output/NAME beside output_dir", "checkpoints"),
         _help_line("epochs", 3, "short for --num_train_epochs"),
         _help_line("batch_size", 8, "short for --per_device_train_batch_size, chunks"),
         _help_line("learning_rate", 5e-5, "peak of the schedule"),

@@ -21,8 +21,8 @@ class TrainingArguments(transformers.TrainingArguments):
     """
 
     output_dir: str = field(default="./final_model", metadata={"help": "the finished model; complete or not there"})
-    checkpoint_dir: str | None = field(
-        default=None, metadata={"help": "checkpoints of the run; none: trainer_output/NAME beside output_dir"}
+    checkpoint_dir: str = field(
+        default="", metadata={"help": "checkpoints of the run; at its default: trainer_output/NAME beside output_dir"}
     )
     num_train_epochs: float = field(default=3.0, metadata={"aliases": ["--epochs"], "help": "passes over the text"})
     per_device_train_batch_size: int = field(
@@ -32,7 +32,7 @@ class TrainingArguments(transformers.TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()  # else torch warns
-        if self.checkpoint_dir is None:
+        if not self.checkpoint_dir:
             final = Path(self.output_dir)
             self.checkpoint_dir = str(final.parent / "trainer_output" / final.name)
 
@@ -41,7 +41,7 @@ class TrainParser(HfArgumentParser):
     """``HfArgumentParser`` for the three dataclasses; what is wrong is an :class:`InputError` instead of an exit."""
 
     def __init__(self) -> None:
-        groups = (ModelArguments, DataArguments, TrainingArguments)
+        groups: list[Any] = [ModelArguments, DataArguments, TrainingArguments]
         super().__init__(groups, prog="linpass train", allow_abbrev=False)
         self.names = [f.name for group in groups for f in fields(group) if f.init]
 

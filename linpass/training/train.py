@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
+from transformers import PreTrainedTokenizerBase, Trainer, set_seed
 
 from linpass import LinformerConfig, LinformerForCausalLM
 from linpass.errors import InputError
@@ -74,7 +74,7 @@ def train(
     )
     trainer.train(resume_from_checkpoint=training_arguments.resume_from_checkpoint)
     loss = trainer.evaluate()["eval_loss"]
-    save_finished_model(trainer, output, plot)
+    save_finished_model(trainer, model, output, plot)
     unigram, bigram = tuned_losses(train_CN, validation_CN, len(tokenizer))
     result = TrainingResult(
         perplexity=math.exp(loss),
@@ -159,7 +159,7 @@ def adopt_token_ids(config: LinformerConfig, tokenizer: PreTrainedTokenizerBase)
             setattr(config, name, getattr(tokenizer, name))
 
 
-def save_finished_model(trainer: Trainer, output: Path, plot: Path) -> None:
+def save_finished_model(trainer: Trainer, model: LinformerForCausalLM, output: Path, plot: Path) -> None:
     """Write model, tokenizer and plot to a sibling of ``output``, then put it in the place of an older model."""
     partial = output.with_name(f".{output.name}.incomplete")
     older = output.with_name(f".{output.name}.older")
@@ -167,7 +167,7 @@ def save_finished_model(trainer: Trainer, output: Path, plot: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was stopped here
         shutil.rmtree(older, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
-    trainer.model.config.use_cache = True  # the Trainer switched it off for the training
+    model.config.use_cache = True  # the Trainer switched it off for the training
     trainer.save_model(str(partial))
     if not trainer.is_world_process_zero():
         return
@@ -178,12 +178,13 @@ def save_finished_model(trainer: Trainer, output: Path, plot: Path) -> None:
     partial.rename(output)
     shutil.rmtree(older, ignore_errors=True)
     # Without checkpoints the Trainer leaves its folder empty.
-    for folder in (Path(trainer.args.output_dir), Path(trainer.args.output_dir).parent):
+    checkpoints = Path(str(trainer.args.output_dir))
+    for folder in (checkpoints, checkpoints.parent):
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
 
 
-def write_sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens_N: torch.Tensor) -> str:
+def write_sample(model: LinformerForCausalLM, tokenizer: PreTrainedTokenizerBase, tokens_N: torch.Tensor) -> str:
     """The start of a validation chunk and the model's own continuation, with the border marked."""
     prompt = tokens_N[: len(tokens_N) // 8 or 1].to(model.device).unsqueeze(0)
     new_tokens = min(64, len(tokens_N) - prompt.shape[1])
