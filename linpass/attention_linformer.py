@@ -20,9 +20,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Queries handled at once by `attend_blocks`. Larger: fewer launches; smaller: less of the window wasted. Measured on
-# 2 CPU cores at n = 4096, w = 128: 128 is best; a GPU hides launches only from about 512 on.
-CHUNK_CPU, CHUNK_GPU = 128, 512
+# Queries that `attend_blocks` handles at once. On a CPU the scores of a chunk should stay in the caches: 128 was the
+# best of 32 to 256 at n = 4096 with 8 heads. A GPU wants much work per launch, but wastes what a chunk sees beyond
+# the window: rows of the batch times the square of the chunk near 2^24 was the best from n = 512 to 65,536 on an H200.
+CHUNK_CPU, CHUNK_GPU_LOG2_WORK = 128, 24
 
 
 class TokenGrid(NamedTuple):
@@ -346,7 +347,11 @@ def attend_blocks(
 
 
 class _AttendBlocks(torch.autograd.Function):
-    """Forward and backward of :func:`attend_blocks`, chunk by chunk; keeps inputs, output and one number per query."""
+    """Forward and backward of :func:`attend_blocks`, chunk by chunk; keeps the inputs and nothing else.
+
+    The backward pass forms the probabilities again with the fused softmax, and its fused derivative: on a CPU that is
+    fewer passes over a chunk than exp(score - logsumexp) from a stored logsumexp.
+    """
 
     @staticmethod
     def forward(ctx, query_BHND, key_BGMD, value_BGMD, slot_key_BGSD, slot_value_BGSD, layout, first_block_BC):
@@ -356,113 +361,117 @@ class _AttendBlocks(torch.autograd.Function):
         key, value = key_BGMD.flatten(0, 1), value_BGMD.flatten(0, 1)
         slot_key, slot_value = slot_key_BGSD.flatten(0, 1), slot_value_BGSD.flatten(0, 1)
         output = torch.empty_like(query)
-        logsumexp = query.new_empty(query.shape[:-1], dtype=_accumulate_in(query.dtype))
         with exact(query.device):
-            for chunk in _chunks(tokens, key.shape[1], slot_key.shape[1], layout, query.device):
-                queries, slots, tokens_seen = chunk
-                chunk_query = query[:, :, queries].flatten(1, 2)
-                keys = torch.cat((slot_key[:, slots], key[:, tokens_seen]), 1)
-                scores = _chunk_scores(chunk_query, keys, chunk, layout, first_block_BC, heads // groups)
-                chunk_logsumexp = scores.logsumexp(-1, keepdim=True)
-                probabilities = (scores - chunk_logsumexp).exp_().to(query.dtype)
-                values = torch.cat((slot_value[:, slots], value[:, tokens_seen]), 1)
-                output[:, :, queries] = (probabilities @ values).unflatten(1, (heads // groups, -1))
-                logsumexp[:, :, queries] = chunk_logsumexp.squeeze(-1).unflatten(1, (heads // groups, -1))
-        ctx.save_for_backward(query, key, value, slot_key, slot_value, output, logsumexp, first_block_BC)
+            for chunk in _chunks(query, key, slot_key, layout, first_block_BC):
+                keys, values = _join(slot_key, key, chunk), _join(slot_value, value, chunk)
+                probabilities = _probabilities(query[:, :, chunk.queries], keys, chunk.bias)
+                attended = probabilities.to(query.dtype) @ values
+                output[:, :, chunk.queries] = attended.unflatten(1, (heads // groups, -1))
+        ctx.save_for_backward(query, key, value, slot_key, slot_value, first_block_BC)
         ctx.layout, ctx.shapes = layout, (query_BHND.shape, key_BGMD.shape, slot_key_BGSD.shape)
         return output.view(query_BHND.shape)
 
     @staticmethod
     def backward(ctx, grad_BHND):
-        query, key, value, slot_key, slot_value, output, logsumexp, first_block_BC = ctx.saved_tensors
-        layout, (query_shape, key_shape, slot_shape) = ctx.layout, ctx.shapes
-        per_group, tokens, dim = query.shape[1:]
-        grad = grad_BHND.reshape(query.shape)
-        accumulate = _accumulate_in(query.dtype)
+        query, key, value, slot_key, slot_value, first_block_BC = ctx.saved_tensors
+        query_shape, key_shape, slot_shape = ctx.shapes
+        grad, dtype, scale = grad_BHND.reshape(query.shape), query.dtype, query.shape[-1] ** -0.5
         grad_query = torch.empty_like(query)
         # Every chunk adds to the slots, several to a key: sums in float32 at least.
-        grad_key, grad_value = (torch.zeros_like(states, dtype=accumulate) for states in (key, value))
-        grad_slot_key, grad_slot_value = (torch.zeros_like(s, dtype=accumulate) for s in (slot_key, slot_value))
+        inputs = (key, value, slot_key, slot_value)
+        sums = [torch.zeros_like(states, dtype=_accumulate_in(dtype)) for states in inputs]
+        grad_key, grad_value, grad_slot_key, grad_slot_value = sums
         with exact(query.device):
-            dot_grad_output = (grad.to(accumulate) * output).sum(-1)
-            for chunk in _chunks(tokens, key.shape[1], slot_key.shape[1], layout, query.device):
-                queries, slots, tokens_seen = chunk
+            for chunk in _chunks(query, key, slot_key, ctx.layout, first_block_BC):
+                queries, slots, tokens, bias = chunk
                 count = slots.stop - slots.start
                 chunk_query, chunk_grad = query[:, :, queries].flatten(1, 2), grad[:, :, queries].flatten(1, 2)
-                keys = torch.cat((slot_key[:, slots], key[:, tokens_seen]), 1)
-                values = torch.cat((slot_value[:, slots], value[:, tokens_seen]), 1)
-                scores = _chunk_scores(chunk_query, keys, chunk, layout, first_block_BC, per_group)
-                probabilities = (scores - logsumexp[:, :, queries].flatten(1, 2)[..., None]).exp_()
-                values_sum = probabilities.to(query.dtype).transpose(1, 2) @ chunk_grad
-                grad_slot_value[:, slots] += values_sum[:, :count]
-                grad_value[:, tokens_seen] += values_sum[:, count:]
-                grad_scores = (chunk_grad @ values.transpose(1, 2)).to(accumulate)
-                grad_scores = grad_scores.sub_(dot_grad_output[:, :, queries].flatten(1, 2)[..., None])
-                grad_scores = grad_scores.mul_(probabilities).mul_(dim**-0.5).to(query.dtype)
-                grad_query[:, :, queries] = (grad_scores @ keys).unflatten(1, (per_group, -1))
-                keys_sum = grad_scores.transpose(1, 2) @ chunk_query
-                grad_slot_key[:, slots] += keys_sum[:, :count]
-                grad_key[:, tokens_seen] += keys_sum[:, count:]
-        return (
-            grad_query.view(query_shape),
-            grad_key.to(key.dtype).view(key_shape),
-            grad_value.to(key.dtype).view(key_shape),
-            grad_slot_key.to(key.dtype).view(slot_shape),
-            grad_slot_value.to(key.dtype).view(slot_shape),
-            None,
-            None,
-        )
+                keys, values = _join(slot_key, key, chunk), _join(slot_value, value, chunk)
+                probabilities = _probabilities(query[:, :, queries], keys, bias)
+                grad_values = probabilities.to(dtype).transpose(1, 2) @ chunk_grad
+                grad_slot_value[:, slots].add_(grad_values[:, :count])
+                grad_value[:, tokens].add_(grad_values[:, count:])
+                grad_probabilities = (chunk_grad @ values.transpose(1, 2)).to(probabilities.dtype)
+                grad_scores = torch.ops.aten._softmax_backward_data(
+                    grad_probabilities, probabilities, -1, probabilities.dtype
+                ).to(dtype)
+                grad_query[:, :, queries] = (grad_scores @ keys).unflatten(1, (query.shape[1], -1))
+                grad_keys = grad_scores.transpose(1, 2) @ chunk_query
+                grad_slot_key[:, slots].add_(grad_keys[:, :count])
+                grad_key[:, tokens].add_(grad_keys[:, count:])
+        for gradient in (grad_query, grad_key, grad_slot_key):
+            gradient *= scale
+        key_gradients = [gradient.to(dtype).view(key_shape) for gradient in (grad_key, grad_value)]
+        slot_gradients = [gradient.to(dtype).view(slot_shape) for gradient in (grad_slot_key, grad_slot_value)]
+        return grad_query.view(query_shape), *key_gradients, *slot_gradients, None, None
 
 
 class _Chunk(NamedTuple):
-    """Some neighbouring queries, and all that any of them can see."""
+    """Some neighbouring queries, all that any of them can see, and a bias of -inf where one of them must not look."""
 
     queries: slice
     slots: slice
     tokens: slice
+    bias: Tensor
 
 
-def _chunks(tokens: int, keys: int, slots: int, layout: BlockLayout, device: torch.device):
-    """Cut the queries so that slots outside the view and tokens outside the window are never touched."""
-    size = CHUNK_CPU if device.type == "cpu" else CHUNK_GPU
-    b, r = layout.block_size, layout.slots_per_block
+def _chunks(query: Tensor, key: Tensor, slot_key: Tensor, layout: BlockLayout, first_block_BC: Tensor | None):
+    """Cut the queries at block borders; slots outside the view and tokens outside the window are never touched."""
+    rows, tokens, device = query.shape[0] * query.shape[1], query.shape[2], query.device
+    b, r, w = layout.block_size, layout.slots_per_block, layout.window_size
+    size = CHUNK_CPU if device.type == "cpu" else 1 << (CHUNK_GPU_LOG2_WORK + 1 - rows.bit_length()) // 2
+    size = max(1, size // b) * b
+    # Seen from its first block every chunk looks alike: the bias is made once, chunks take the columns that they need.
+    view = min(layout.visible_blocks, slot_key.shape[1] // r) if r else 0
+    slot_block = torch.arange((view + size // b) * r, device=device) // max(r, 1) - view
+    token = torch.arange(1 - w, size, device=device)
+    query_N = torch.arange(size, device=device)
+    visible_slot = visible_slots(query_N, slot_block, b, layout.visible_blocks)
+    slot_bias = torch.zeros_like(visible_slot, dtype=query.dtype).masked_fill_(~visible_slot, float("-inf"))
+    visible_token = visible_tokens(query_N, token, b, w)
+    token_bias = torch.zeros_like(visible_token, dtype=query.dtype).masked_fill_(~visible_token, float("-inf"))
     for start in range(0, tokens, size):
         stop = min(start + size, tokens)
-        first_complete, last_complete = (start + 1) // b, stop // b
-        lowest = max(0, layout.past_blocks + first_complete - layout.visible_blocks) * r
-        highest = min((layout.past_blocks + last_complete) * r, slots)
-        first_token = max(0, layout.past_tokens + start - layout.window_size + 1)
-        yield _Chunk(
-            slice(start, stop),
-            slice(min(lowest, highest), highest),
-            slice(first_token, min(layout.past_tokens + stop, keys)),
+        first_slot = (layout.past_blocks + start // b - view) * r  # the slot and the token that column 0 stands for
+        first_token = layout.past_tokens + start + 1 - w
+        complete = layout.past_blocks + (start + 1) // b
+        highest = min((layout.past_blocks + stop // b) * r, slot_key.shape[1])
+        slots = slice(min(max(0, complete - layout.visible_blocks) * r, highest), highest)
+        near = slice(max(0, first_token), min(layout.past_tokens + stop, key.shape[1]))
+        bias = torch.cat(
+            (
+                slot_bias[: stop - start, slots.start - first_slot : slots.stop - first_slot],
+                token_bias[: stop - start, near.start - first_token : near.stop - first_token],
+            ),
+            1,
         )
+        if first_block_BC is not None:
+            slot_stands_at = slot_block[slots.start - first_slot : slots.stop - first_slot] * b
+            token_stands_at = token[near.start - first_token : near.stop - first_token]
+            stands_at = torch.cat((slot_stands_at, token_stands_at)) + start
+            may_see_from = first_block_BC[:, torch.arange(start, stop, device=device) // b] * b
+            bias = bias.masked_fill(stands_at < may_see_from[..., None], float("-inf"))
+        yield _Chunk(slice(start, stop), slots, near, bias)
 
 
-def _chunk_scores(
-    chunk_query: Tensor, keys: Tensor, chunk: _Chunk, layout: BlockLayout, first_block_BC: Tensor | None, per_group: int
-) -> Tensor:
-    """Scaled scores [B * G, H / G * n, slots + tokens] of a chunk, -inf where a query must not look."""
-    device = keys.device
-    query_N = torch.arange(chunk.queries.start, chunk.queries.stop, device=device)
-    slot_S = torch.arange(chunk.slots.start, chunk.slots.stop, device=device) // max(layout.slots_per_block, 1)
-    key_M = torch.arange(chunk.tokens.start, chunk.tokens.stop, device=device) - layout.past_tokens
-    first = None if first_block_BC is None else first_block_BC[:, query_N // layout.block_size]
-    visible = torch.cat(
-        (
-            visible_slots(query_N, slot_S - layout.past_blocks, layout.block_size, layout.visible_blocks, first),
-            visible_tokens(query_N, key_M, layout.block_size, layout.window_size, first),
-        ),
-        -1,
-    )
-    bias = torch.zeros_like(visible, dtype=keys.dtype).masked_fill_(~visible, float("-inf"))
-    if first is None:
-        bias = bias.repeat(per_group, 1)[None]
-    else:
-        groups = keys.shape[0] // bias.shape[0]
-        bias = bias.expand(-1, groups, -1, -1).flatten(0, 1).repeat(1, per_group, 1)
-    scale = chunk_query.shape[-1] ** -0.5
-    return torch.baddbmm(bias, chunk_query, keys.transpose(1, 2), alpha=scale).to(_accumulate_in(keys.dtype))
+def _join(slots: Tensor, tokens: Tensor, chunk: _Chunk) -> Tensor:
+    """What the chunk sees, slots first."""
+    return torch.cat((slots[:, chunk.slots], tokens[:, chunk.tokens]), 1)
+
+
+def _probabilities(query: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
+    """Probabilities [B * G, H / G * n, slots + tokens] of a chunk, in float32 at least.
+
+    Args:
+        query: [B * G, H / G, n, D].
+        bias: [n, slots + tokens] or one per row, [B, n, slots + tokens].
+    """
+    batch_groups, per_group = query.shape[:2]
+    if per_group > 1:
+        bias = bias.repeat(*[1] * (bias.dim() - 2), per_group, 1)
+    bias = bias[None] if bias.dim() == 2 else bias.repeat_interleave(batch_groups // len(bias), 0)
+    scores = torch.baddbmm(bias, query.flatten(1, 2), keys.transpose(1, 2), alpha=query.shape[-1] ** -0.5)
+    return scores.softmax(-1, dtype=_accumulate_in(keys.dtype))
 
 
 def exact(device: torch.device):

@@ -162,7 +162,7 @@ class LinformerConfig(PretrainedConfig):
             keep = old * n // self.seq_length
             if new != keep or (old and b != self.block_size):
                 raise ValueError(
-                    f"k={k}, block_size={b}, seq_length={n} change the slots per block: the checkpoint was trained with "
+                    f"k={k}, block_size={b}, seq_length={n} change the slots per block: the checkpoint has "
                     f"{old * self.block_size // self.seq_length} per block of {self.block_size}; at seq_length={n} it "
                     f"needs k={keep}, block_size={self.block_size}"
                 )

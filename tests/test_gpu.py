@@ -67,6 +67,7 @@ def test_memory_is_linear(device):
     assert peaks[1] < 2.2 * peaks[0]
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")  # torch, on switching it on
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("projection", ["learned", "convolution", "pooling"])
 def test_forward_and_backward_never_wait(causal, projection, device):

@@ -1,0 +1,41 @@
+"""What a number was measured on."""
+
+import datetime
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+
+def describe() -> dict:
+    """Hardware, versions, commit and day."""
+    import torch
+    import transformers
+
+    import linpass
+
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
+        ).stdout.strip()
+    except FileNotFoundError:
+        commit = ""
+    return {
+        "hardware": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{cpu_name()}, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "linpass": linpass.__version__,
+        "commit": commit,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
