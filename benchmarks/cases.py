@@ -75,7 +75,7 @@ def check_attention(tokens: int) -> float:
 
 
 def linformer_model(tokens: int, with_attention: bool = True):
-    """A causal Linformer of 4 layers; without attention, heads hand on their queries: the bound by Amdahl's law."""
+    """A causal Linformer of 4 layers; without attention, only its projections stay: the bound by Amdahl's law."""
     from linpass import LinformerConfig, LinformerForCausalLM
 
     config = LinformerConfig(

@@ -1,4 +1,4 @@
-"""Measure on a CPU: ``python -m benchmarks.run attention`` or ``python -m benchmarks.run model``.
+"""Measure on a CPU: ``python -m benchmarks.run attention``, ``... model``, or both without a word.
 
 Writes ``benchmarks/results/<theme>_cpu_<YYYYMM>.json`` and a table of the same name with ``.md``. A case whose check
 fails is not measured. Times are medians (and quartiles) of at least 20 repeats after a warm-up, all cases of a theme in
@@ -178,7 +178,7 @@ def table(theme: str, result: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("theme", nargs="?", choices=["attention", "model"])
+    parser.add_argument("theme", nargs="?", choices=list(THEMES))
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the result files")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--tokens", type=int, help=argparse.SUPPRESS)
@@ -186,18 +186,25 @@ def main() -> None:
     if arguments.memory_of:
         print_peak_memory(arguments.memory_of, arguments.tokens)
         return
-    if arguments.theme is None:
-        parser.error("say what to measure: attention or model")
+    for theme in [arguments.theme] if arguments.theme else THEMES:
+        write_results(theme, arguments.output)
+
+
+def write_results(theme: str, folder: Path) -> None:
+    """Measure, then write the JSON file and the page, and print both; the last line is the JSON."""
     from benchmarks.environment import describe
 
-    result = {"theme": arguments.theme, "environment": describe(), **globals()[arguments.theme]()}
-    name = f"{arguments.theme}_cpu_{datetime.date.today():%Y%m}"
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    page = table(arguments.theme, result)
-    (arguments.output / f"{name}.md").write_text(page)
+    result = {"theme": theme, "environment": describe(), **THEMES[theme]()}
+    name = f"{theme}_cpu_{datetime.date.today():%Y%m}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    page = table(theme, result)
+    (folder / f"{name}.md").write_text(page)
     print(page)
     print(json.dumps(result))
+
+
+THEMES = {"attention": attention, "model": model}
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ class TokenGrid(NamedTuple):
         source_BN: token (position in T) that stands in each column; None where the grid is the input.
         column_BT: column of each token; None where the grid is the input.
         keep_BN: True where a column holds a real new token; None when all do.
+        keep_BT: the same for the tokens in the order given.
         start_B: index of the token in column 0; None for 0.
         total_B: tokens of the row once this call is over; None where all rows hold T.
         first_block_BC: first block (counted from column 0, may be negative) that each block may see; None for all.
@@ -48,17 +49,25 @@ class TokenGrid(NamedTuple):
     source_BN: Tensor | None = None
     column_BT: Tensor | None = None
     keep_BN: Tensor | None = None
+    keep_BT: Tensor | None = None
     start_B: Tensor | None = None
     total_B: Tensor | None = None
     first_block_BC: Tensor | None = None
 
     def place(self, states_BTE: Tensor) -> Tensor:
-        """[B, T, ...] in the order given -> [B, N, ...] in grid order."""
-        return states_BTE if self.source_BN is None else _gather(states_BTE, self.source_BN)
+        """[B, T, E] in the order given -> [B, N, E] in grid order; zero where a column holds no token."""
+        states_BNE = states_BTE if self.source_BN is None else _gather(states_BTE, self.source_BN)
+        return states_BNE if self.keep_BN is None else states_BNE.masked_fill(~self.keep_BN[..., None], 0)
 
     def restore(self, states_BNE: Tensor) -> Tensor:
-        """[B, N, ...] in grid order -> [B, T, ...] in the order given; masked tokens get finite leftovers."""
-        return states_BNE if self.column_BT is None else _gather(states_BNE, self.column_BT)
+        """[B, N, ...] in grid order -> [B, T, ...] in the order given; zero at masked tokens.
+
+        Zero, because on the grid padding stands behind the row: what it attended to there is the future of its place.
+        """
+        states_BTE = states_BNE if self.column_BT is None else _gather(states_BNE, self.column_BT)
+        if self.keep_BT is None:
+            return states_BTE
+        return states_BTE.masked_fill(~self.keep_BT.view(*self.keep_BT.shape, *[1] * (states_BTE.dim() - 2)), 0)
 
     def block_numbers(self, block_size: int) -> Tensor | None:
         """Number of each block in its row or document, [B, C]; None where block c of every row is number c."""
@@ -69,7 +78,7 @@ class TokenGrid(NamedTuple):
 
     def positions_BN(self) -> Tensor:
         """Index of the token in each column, [B or 1, N]."""
-        return self.place(self.index_BT) if self.source_BN is not None else self.index_BT
+        return self.index_BT if self.source_BN is None else _gather(self.index_BT, self.source_BN)
 
 
 def plain_grid(tokens: int, device: torch.device, keep_BT: Tensor | None = None) -> TokenGrid:
@@ -84,6 +93,7 @@ def plain_grid(tokens: int, device: torch.device, keep_BT: Tensor | None = None)
         source_BN=source_BN,
         column_BT=column_BT,
         keep_BN=keep_BT.gather(1, source_BN),
+        keep_BT=keep_BT,
         total_B=keep_BT.sum(-1),
     )
 
@@ -120,7 +130,15 @@ def packed_grid(document_BT: Tensor, block_size: int, keep_BT: Tensor | None = N
     number_C = torch.arange(block_document_BC.shape[1], device=document_BT.device)
     first_block_BC = torch.where(same_BC, 0, number_C).cummax(-1).values
     index_BT = column_T - first_block_BC.repeat_interleave(block_size, 1)[:, :tokens] * block_size
-    return TokenGrid(tokens, index_BT, keep_BN=keep_BT, first_block_BC=first_block_BC)
+    return TokenGrid(tokens, index_BT, keep_BN=keep_BT, keep_BT=keep_BT, first_block_BC=first_block_BC)
+
+
+def next_token_grid(seen_B: Tensor, keep_B1: Tensor | None = None) -> TokenGrid:
+    """Rows that go on by one token after ``seen_B`` tokens."""
+    index_B1 = seen_B[:, None]
+    if keep_B1 is not None:  # a masked token takes no index of its own: its row may be full
+        index_B1 = torch.where(keep_B1, index_B1, index_B1 - 1).clamp(min=0)
+    return TokenGrid(1, index_B1, keep_BN=keep_B1, keep_BT=keep_B1)
 
 
 def continued_grid(tokens: int, seen_B: Tensor, block_size: int, keep_BT: Tensor | None = None) -> TokenGrid:
@@ -140,6 +158,7 @@ def continued_grid(tokens: int, seen_B: Tensor, block_size: int, keep_BT: Tensor
         source_BN=order_BT.gather(1, (column_N - offset_B1).clamp(0, tokens - 1)),
         column_BT=(offset_B1 + rank_BT).clamp(min=0),
         keep_BN=(column_N >= offset_B1) & (column_N < offset_B1 + count_B1),
+        keep_BT=keep_BT,
         start_B=start_B1[:, 0],
         total_B=seen_B + count_B1[:, 0],
         first_block_BC=(-start_B1 // block_size).expand(-1, blocks),
@@ -211,10 +230,8 @@ def mix_blocks(states_BGND: Tensor, weight_XCPR: Tensor, block_BC: Tensor | None
     return (weight.transpose(-1, -2) @ states_BGCPD).reshape(batch, heads, blocks * slots, dim)
 
 
-def mix_sequence(states_BGND: Tensor, weight_XNK: Tensor, keep_BN: Tensor | None = None) -> Tensor:
-    r"""K slots that mix a whole row, :math:`E^\top K` (paper, section 4), as [B, G, K, D]; padding enters none."""
-    if keep_BN is not None:
-        states_BGND = states_BGND.masked_fill(~keep_BN[:, None, :, None], 0)
+def mix_sequence(states_BGND: Tensor, weight_XNK: Tensor) -> Tensor:
+    r"""K slots that mix a whole row, :math:`E^\top K` (paper, section 4), as [B, G, K, D]; padding is zero."""
     tokens = states_BGND.shape[2]
     stored = weight_XNK.shape[1]
     if tokens > stored:  # columns past seq_length hold padding only

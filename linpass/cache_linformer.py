@@ -3,6 +3,8 @@
 Shape suffixes as in ``attention_linformer``; W ring positions.
 """
 
+import copy
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -39,6 +41,11 @@ class LinformerCacheLayer(CacheLayerMixin):
         self.slots_per_block = config.slots_per_block(layer_idx)
         self.visible_blocks = self.slots // self.slots_per_block if self.slots else 0
         self.columns = 0
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Slots, slots per block, block and window."""
+        return self.slots, self.slots_per_block, self.block_size, self.window_size
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Zeros for the batch, heads, dtype and device of ``key_states`` [B, G, *, D]."""
@@ -209,6 +216,12 @@ class LinformerCacheLayer(CacheLayerMixin):
         """Move back to the layer's device."""
         self._map(lambda tensor: tensor.to(self.device, non_blocking=True))
 
+    def __deepcopy__(self, memo) -> "LinformerCacheLayer":
+        """A copy that shares no memory; unlike tensors' own deepcopy also while gradients are recorded."""
+        duplicate = copy.copy(self)
+        duplicate._map(torch.clone)
+        return duplicate
+
     def _map(self, function) -> None:
         if self.is_initialized:
             for name in self._tensors:
@@ -228,6 +241,11 @@ class LinformerCache(Cache):
 
     def __init__(self, config: LinformerConfig):
         super().__init__(layers=[LinformerCacheLayer(config, layer_idx) for layer_idx in range(config.depth)])
+
+    def fits(self, config: LinformerConfig) -> bool:
+        """Whether layers, slots, blocks and window are those of ``config``."""
+        wanted = [LinformerCacheLayer(config, layer_idx) for layer_idx in range(config.depth)]
+        return [layer.sizes for layer in self.layers] == [layer.sizes for layer in wanted]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows ``indices``, in that order, repeats allowed."""

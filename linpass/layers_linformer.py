@@ -210,8 +210,7 @@ class LinformerAttention(nn.Module):
             visible = None if grid.keep_BN is None else grid.keep_BN[:, None, None]
         elif self.config.projection == "learned":
             key_weight, value_weight = weights
-            keys = mix_sequence(key, key_weight[:, 0], grid.keep_BN)
-            values = mix_sequence(value, value_weight[:, 0], grid.keep_BN)
+            keys, values = mix_sequence(key, key_weight[:, 0]), mix_sequence(value, value_weight[:, 0])
             visible = None
             if angles is not None:
                 keys = self._rotate_slots(keys, sequence_centres(self.config.seq_length, self.k, key.device))
@@ -235,8 +234,6 @@ class LinformerAttention(nn.Module):
         missing = (0, 0, 0, slots * stride - min(grid.columns, slots * stride))
         mixed = []
         for states, weight in zip((key, value), weights, strict=True):
-            if grid.keep_BN is not None:
-                states = states.masked_fill(~grid.keep_BN[:, None, :, None], 0)
             mixed.append(mix_blocks(F.pad(states[:, :, : slots * stride], missing), weight))
         if grid.keep_BN is None and grid.columns == slots * stride:
             return *mixed, None
@@ -300,8 +297,6 @@ class LinformerAttention(nn.Module):
         sums = []
         for states, weight in zip((key, value), weights, strict=True):
             states = states.to(torch.promote_types(states.dtype, torch.float32))
-            if grid.keep_BN is not None:
-                states = states.masked_fill(~grid.keep_BN[:, None, :, None], 0)
             states = F.pad(states, (0, 0, 0, columns - grid.columns))
             with exact(states.device):
                 sums.append(mix_blocks(states, weight.to(states.dtype), blocks))
@@ -348,7 +343,10 @@ class LinformerAttention(nn.Module):
         over_slots, over_tokens = probabilities[..., :slots], probabilities[..., slots:]
         if self.is_causal and self.k:  # the block under way is seen by nobody
             over_slots = over_slots[..., : grid.columns // self.layout.block_size * self.slots_per_block]
-        over_slots = F.pad(over_slots, (0, max(self.k - over_slots.shape[-1], 0)))
+        if self.k:  # past seq_length block c takes the place of the one that left the view, as in the cache
+            over_slots = F.pad(over_slots, (0, -over_slots.shape[-1] % self.k))
+            over_slots = over_slots.unflatten(-1, (-1, self.k)).sum(-2) if over_slots.shape[-1] else over_slots
+            over_slots = F.pad(over_slots, (0, self.k - over_slots.shape[-1]))
         if not self.is_causal and self.k:
             over_tokens = over_slots[..., :0]
         elif grid.column_BT is not None:

@@ -20,11 +20,20 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_linformer import TokenGrid, continued_grid, packed_grid, plain_grid, require, rotary_angles
+from .attention_linformer import (
+    TokenGrid,
+    continued_grid,
+    next_token_grid,
+    packed_grid,
+    plain_grid,
+    require,
+    rotary_angles,
+)
 from .cache_linformer import LinformerCache
 from .configuration_linformer import LinformerConfig
 from .layers_linformer import LinformerAttention, LinformerBlock, SequenceProjection
@@ -113,20 +122,28 @@ class LinformerModel(LinformerPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        tokens, device = inputs_embeds.shape[1], inputs_embeds.device
+        tokens = inputs_embeds.shape[1]
+        if tokens == 0:
+            raise ValueError("input_ids holds no token; a row needs at least one")
         if past_key_values is not None and not isinstance(past_key_values, LinformerCache):
             raise ValueError(
                 f"past_key_values is a {type(past_key_values).__name__}; a Linformer keeps mixtures of tokens, it "
                 "needs a LinformerCache"
+            )
+        if past_key_values is not None and not past_key_values.fits(self.config):
+            raise ValueError(
+                "past_key_values was made for another configuration: depth, k, block_size, seq_length and window_size "
+                "must be this model's"
             )
         use_cache = bool(use_cache) and self.config.causal and document_ids is None
         if past_key_values is None and use_cache:
             past_key_values = LinformerCache(self.config)
         keep = self._real_tokens(attention_mask, inputs_embeds.shape[:2])
         grid = self._token_grid(inputs_embeds, keep, document_ids, past_key_values)
+        self._check_past(attention_mask, tokens, past_key_values)
         self._check_length(grid, tokens, past_key_values)
         if position_ids is not None:
-            same = position_ids[..., -tokens:].to(device) == grid.index_BT
+            same = position_ids[..., -tokens:].to(inputs_embeds.device) == grid.index_BT
             require(
                 (same if keep is None else same | ~keep).all(),
                 "position_ids must be what attention_mask and cache say, cumsum(mask) - 1 at every real token: a "
@@ -171,6 +188,10 @@ class LinformerModel(LinformerPreTrainedModel):
                 raise ValueError(
                     "document_ids packs several documents in a row: this is for causal models, without past_key_values"
                 )
+            if document_ids.shape != (batch, tokens):
+                raise ValueError(
+                    f"document_ids has shape {list(document_ids.shape)}; it needs {[batch, tokens]}, one per token"
+                )
             return packed_grid(document_ids.to(device), self.config.block_size, keep)
         if past_key_values is None or past_key_values.get_seq_length() == 0:
             return plain_grid(tokens, device, keep)
@@ -180,25 +201,33 @@ class LinformerModel(LinformerPreTrainedModel):
         if len(seen) != batch:
             raise ValueError(f"past_key_values holds {len(seen)} rows, the batch has {batch}")
         if tokens == 1:
-            return TokenGrid(1, seen[:, None], keep_BN=keep)
+            return next_token_grid(seen, keep)
         return continued_grid(tokens, seen, self.config.block_size, keep)
+
+    def _check_past(self, attention_mask: Tensor | None, tokens: int, past_key_values: LinformerCache | None) -> None:
+        """A mask that also covers the cache must say of it what was said when its tokens were given."""
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if attention_mask is not None and past and attention_mask.shape[1] == past + tokens:
+            require(
+                ((attention_mask[:, :past] != 0).sum(-1) == past_key_values.layers[0].seen).all(),
+                "attention_mask masks other tokens of the past than when they were given: what is in a LinformerCache "
+                "has been mixed and cannot be masked any more",
+            )
 
     def _check_length(self, grid: TokenGrid, tokens: int, past_key_values: LinformerCache | None) -> None:
         limit = self.config.max_tokens
-        if limit is None:
+        columns = tokens + (0 if past_key_values is None else past_key_values.get_seq_length())
+        if limit is None or columns <= limit:
             return
-        columns = tokens + (past_key_values.get_seq_length() if past_key_values is not None else 0)
-        if columns > limit:  # more columns than positions: fine as long as the rest is padding
-            self._require_positions(grid, columns, limit)
-
-    def _require_positions(self, grid: TokenGrid, columns: int, limit: int) -> None:
-        require(
-            grid.index_BT.max() < limit,
-            f"a row holds up to {columns} tokens, more than seq_length={limit}: this configuration "
-            f"(position_embedding={self.config.position_embedding!r}, projection={self.config.projection!r}, "
-            f"causal={self.config.causal}) has weights for {limit} positions; rotary positions with projection "
-            "'convolution' or 'pooling' run past seq_length",
+        message = (
+            f"a row of {columns} tokens is longer than seq_length={limit}: this configuration (position_embedding="
+            f"{self.config.position_embedding!r}, projection={self.config.projection!r}, causal={self.config.causal}) "
+            f"has weights for {limit} positions; a causal model with rotary positions and projection 'convolution' or "
+            "'pooling' runs past seq_length"
         )
+        if grid.keep_BT is None and grid.start_B is None and past_key_values is None and grid.first_block_BC is None:
+            raise ValueError(message)
+        require(grid.index_BT.max() < limit, message)  # padding and packing take columns, not positions
 
 
 class LinformerForCausalLM(LinformerPreTrainedModel, GenerationMixin):
@@ -217,6 +246,15 @@ class LinformerForCausalLM(LinformerPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.embed_dim, config.vocab_size, bias=False)
         self.post_init()
 
+    def _prepare_generated_length(self, generation_config, *args: Any, **kwargs: Any):
+        """Note the columns of the prompt: what comes after them was generated."""
+        prompt_columns = kwargs["input_ids_length"]
+        if prompt_columns == 0 and kwargs["model_input_name"] == "input_ids":
+            raise ValueError("the prompt holds no token; generate needs at least one")
+        generation_config = super()._prepare_generated_length(generation_config, *args, **kwargs)
+        generation_config._prompt_columns = prompt_columns
+        return generation_config
+
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args: Any
     ):
@@ -230,12 +268,31 @@ class LinformerForCausalLM(LinformerPreTrainedModel, GenerationMixin):
                 "constant size; leave cache_implementation out"
             )
         self._refuse_too_many_tokens(generation_config, model_kwargs.get("attention_mask"), max_cache_length + 1)
+        if batch_size > 1 and generation_config._eos_token_tensor is not None:
+            model_kwargs["row_ends"] = (generation_config._prompt_columns, generation_config._eos_token_tensor)
         if past is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = LinformerCache(self.config)
             return
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args
         )
+
+    def prepare_inputs_for_generation(self, input_ids, *args: Any, inputs_embeds=None, row_ends=None, **kwargs: Any):
+        """transformers' inputs, with what ``generate`` writes behind the end of a row masked.
+
+        A row that has ended is filled up while others go on. That filling must not enter the cache: it could not be
+        taken out for a second turn.
+        """
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+        generated = 0 if row_ends is None else input_ids.shape[1] - row_ends[0]
+        if generated > 1:
+            ends = torch.isin(input_ids[:, -generated:], row_ends[1].to(input_ids.device))
+            filling = (ends.cumsum(-1) - ends.long()) > 0
+            mask = inputs.get("attention_mask")
+            if mask is None:
+                mask = torch.ones_like(input_ids)
+            inputs["attention_mask"] = torch.cat((mask[:, :-generated], mask[:, -generated:] * ~filling), 1)
+        return inputs
 
     def _refuse_too_many_tokens(self, generation_config, attention_mask: Tensor | None, total: int) -> None:
         limit = self.config.max_tokens
@@ -291,7 +348,7 @@ class LinformerForCausalLM(LinformerPreTrainedModel, GenerationMixin):
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            attentions=outputs.attentions or None,
         )
 
 
@@ -336,7 +393,7 @@ class LinformerForMaskedLM(LinformerPreTrainedModel):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return MaskedLMOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions or None
         )
 
 
@@ -376,12 +433,15 @@ class LinformerForSequenceClassification(LinformerPreTrainedModel):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config, **kwargs)
+            items = kwargs.get("num_items_in_batch")
+            if items is not None and self.config.problem_type != "single_label_classification":
+                loss = loss * (labels.numel() / items)  # transformers' other two losses are means whatever it says
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            attentions=outputs.attentions or None,
         )
 
     def _pool(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -432,7 +492,7 @@ class LinformerForTokenClassification(LinformerPreTrainedModel):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, config=self.config, **kwargs)
         return TokenClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions or None
         )
 
 
@@ -446,6 +506,9 @@ def _keep_positions(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tens
         return hidden_states[logits_to_keep]
     return hidden_states.gather(1, logits_to_keep[..., None].expand(-1, -1, hidden_states.shape[-1]))
 
+
+# Trainer's label smoothing shifts the labels of the causal models that this dictionary names, and of no others.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("linformer", "LinformerForCausalLM")
 
 LinformerConfig.register_for_auto_class()
 LinformerModel.register_for_auto_class("AutoModel")

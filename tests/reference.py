@@ -1,8 +1,8 @@
 """A Linformer in loops over single tokens: slow, obvious, float64; shares no code with linpass.
 
 One row at a time, without padding, straight from a state dict and a dict of configuration values. Everything is a torch
-tensor, so that autograd gives the gradients too. Notation as in section 2 and 3 of the README's "How it works":
-n tokens, k slots, blocks of b tokens, r slots a block, window of w tokens.
+tensor, so that autograd gives the gradients too. n tokens, k slots, blocks of b tokens, r slots a block, window of w
+tokens.
 """
 
 import math

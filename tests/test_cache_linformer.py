@@ -110,6 +110,17 @@ def test_rows_can_be_reordered_selected_repeated_and_copied(build, tiny_config):
         assert (rest - full[:, 13:]).abs().max() < CACHE
 
 
+def test_a_masked_token_fits_into_a_full_row(build, tiny_config):
+    model = build(LinformerForCausalLM, tiny_config())
+    ids, mask = torch.randint(0, 50, (2, 33)), torch.ones(2, 33, dtype=torch.long)
+    mask[1, :5], mask[0, 32] = 0, 0
+    past = model(ids[:, :32], attention_mask=mask[:, :32], use_cache=True).past_key_values
+    last = model(ids[:, 32:], attention_mask=mask, past_key_values=copy.deepcopy(past)).logits
+    assert (last[1, 0] - model(ids[1:, 5:]).logits[0, -1]).abs().max() < CACHE
+    with pytest.raises(ValueError, match="seq_length=32"):
+        model(ids[:, 32:], past_key_values=past)
+
+
 def test_a_copied_prefix_is_not_touched_by_its_copy(build, tiny_config):
     model = build(LinformerForCausalLM, tiny_config())
     ids = torch.randint(0, 50, (1, 30))
@@ -212,6 +223,8 @@ def test_what_a_cache_cannot_do_is_said(build, tiny_config):
         model(torch.randint(0, 50, (2, 3)), past_key_values=past)
     with pytest.raises(ValueError, match="document_ids"):
         model(ids, past_key_values=past, document_ids=torch.zeros_like(ids))
+    with pytest.raises(ValueError, match="another configuration"):
+        model(ids, past_key_values=LinformerCache(tiny_config(k=16)))
     past.reset()
     assert past.get_seq_length() == 0
     assert past.nbytes == 0

@@ -64,24 +64,50 @@ def test_no_leak_past_seq_length(projection, build, tiny_config):
     assert_no_gradient(model, 75, [31, 32, 39, 40, 71])
 
 
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+def test_no_leak_in_long_rows(attn_implementation, build, tiny_config):
+    """Over several chunks of queries."""
+    config = tiny_config(position_embedding="rotary", projection="convolution", seq_length=512, k=128, window_size=20)
+    model = build(LinformerForCausalLM, config)
+    model.set_attn_implementation(attn_implementation)
+    assert_no_leak(model, 400, [127, 128, 129, 255, 256, 300, 399])
+    assert_no_gradient(model, 400, [126, 127, 128, 255, 256, 398])
+
+
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize(("position", "projection", "sharing"), SETTINGS)
-def test_no_leak_under_padding(position, projection, sharing, build, tiny_config):
+def test_no_leak_under_padding(position, projection, sharing, attn_implementation, build, tiny_config):
+    """At no place, padding included: the shifted loss predicts a first token from the padding before it."""
     config = tiny_config(position_embedding=position, projection=projection, projection_sharing=sharing)
     model = build(LinformerForCausalLM, config)
-    mask = torch.ones(2, 29, dtype=torch.long)
-    mask[0, :6], mask[1, [1, 2, 14]] = 0, 0
-    ids = torch.randint(0, 50, (2, 29))
+    model.set_attn_implementation(attn_implementation)
+    mask = torch.ones(3, 29, dtype=torch.long)
+    mask[0, :6], mask[1, [1, 2, 14]], mask[2, 20:] = 0, 0, 0
+    ids = torch.randint(0, 50, (3, 29))
     with torch.no_grad():
         before = model(ids, attention_mask=mask).logits
         for t in range(29):
             other = ids.clone()
             other[:, t] = (other[:, t] + 1) % 50
             after = model(other, attention_mask=mask).logits
-            for row in range(2):
-                unchanged = mask[row] == 1
-                if mask[row, t]:  # a real token changes later ones only; padding changes none
-                    unchanged = unchanged & (torch.arange(29) < t)
-                assert torch.equal(after[row, unchanged], before[row, unchanged])
+            assert torch.equal(after[:, :t], before[:, :t])
+            masked = mask[:, t] == 0  # padding changes nothing but its own place
+            assert torch.equal(after[masked, t + 1 :], before[masked, t + 1 :])
+    embeds = torch.randn(3, 29, 32, dtype=torch.float64, requires_grad=True)
+    logits = model(inputs_embeds=embeds, attention_mask=mask).logits
+    for t in (0, 2, 5, 6, 7, 14, 15, 22, 27):
+        (gradient,) = torch.autograd.grad(logits[:, t].sum(), embeds, retain_graph=True)
+        assert not gradient[:, t + 1 :].any()
+
+
+def test_not_a_number_at_padding_stays_there(build, tiny_config):
+    model = build(LinformerForCausalLM, tiny_config(projection_sharing="none"))
+    embeds, mask = torch.randn(2, 20, 32, dtype=torch.float64), torch.ones(2, 20, dtype=torch.long)
+    mask[0, :6], mask[1, [3, 11]] = 0, 0
+    expected = model(inputs_embeds=embeds, attention_mask=mask).logits
+    poisoned = embeds.masked_fill(mask[..., None] == 0, float("nan"))
+    logits = model(inputs_embeds=poisoned, attention_mask=mask).logits
+    assert torch.equal(logits[mask == 1], expected[mask == 1])
 
 
 def test_no_leak_in_packed_rows(build, tiny_config):

@@ -69,20 +69,42 @@ def test_continuing_from_the_cache_equals_starting_over(model):
 
 
 def test_a_second_batched_turn_with_gaps(model):
-    """Two conversations: replies of different lengths, then new questions, aligned by masked gaps in the middle."""
-    first = model.generate(**left_padded([9, 5], 9), **GREEDY, max_new_tokens=6, return_dict_in_generate=True)
-    question = torch.randint(1, 50, (2, 5))
-    # Row 0 stopped after 2 of its 6 tokens, the others were padding; the cache must not have seen them: feed it anew.
+    """Two conversations: replies that end at different tokens, then questions of different lengths; one cache."""
+    inputs = left_padded([9, 5], 9)
+    free = model.generate(**inputs, **GREEDY, max_new_tokens=8)
+    how = GREEDY | {"eos_token_id": int(free[0, 9 + 2])}  # row 0 ends at its third token at the latest
+    first = model.generate(**inputs, **how, max_new_tokens=8, return_dict_in_generate=True)
     history = first.sequences
-    mask = torch.ones(2, 15, dtype=torch.long)
-    mask[1, :4], mask[0, 11:] = 0, 0
-    past = model(history, attention_mask=mask, use_cache=True).past_key_values
-    ids = torch.cat((history, question), 1)
-    full_mask = torch.cat((mask, torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])), 1)
-    together = model.generate(ids, attention_mask=full_mask, past_key_values=past, **GREEDY, max_new_tokens=12)
+    reply = torch.ones_like(history[:, 9:])
     for row in range(2):
-        alone = model.generate(ids[row : row + 1, full_mask[row] == 1], **GREEDY, max_new_tokens=12)
-        assert torch.equal(together[row, 20:], alone[0, -12:])
+        ends = (history[row, 9:] == how["eos_token_id"]).nonzero()[:, 0].tolist()
+        if ends:
+            reply[row, ends[0] + 1 :] = 0  # what generate filled up
+    assert reply.sum(1)[0] <= 3 < reply.shape[1]
+    question, question_mask = torch.randint(1, 50, (2, 5)), torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+    ids, mask = torch.cat((history, question), 1), torch.cat((inputs["attention_mask"], reply, question_mask), 1)
+    together = model.generate(
+        ids, attention_mask=mask, past_key_values=first.past_key_values, **GREEDY, max_new_tokens=12
+    )
+    for row in range(2):
+        alone = model.generate(ids[row : row + 1, mask[row] == 1], **GREEDY, max_new_tokens=12)
+        assert torch.equal(together[row, -12:], alone[0, -12:])
+
+
+def test_a_mask_that_unsees_the_past_is_refused(model):
+    ids = torch.randint(1, 50, (2, 12))
+    past = model(ids[:, :8], use_cache=True).past_key_values
+    mask = torch.ones_like(ids)
+    mask[0, 3] = 0
+    with pytest.raises(ValueError, match="attention_mask masks other tokens of the past"):
+        model(ids[:, 8:], attention_mask=mask, past_key_values=past)
+
+
+def test_an_empty_prompt_is_refused(model):
+    with pytest.raises(ValueError, match="prompt holds no token"):
+        model.generate(torch.zeros(1, 0, dtype=torch.long), **GREEDY, max_new_tokens=3)
+    with pytest.raises(ValueError, match="holds no token"):
+        model(torch.zeros(1, 0, dtype=torch.long))
 
 
 def test_prefix_embeddings(model):

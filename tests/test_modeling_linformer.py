@@ -221,6 +221,40 @@ def test_num_items_in_batch_is_honoured(head, build, tiny_config):
     assert abs(whole - parts) < 1e-6  # the loss itself is formed in float32
 
 
+@pytest.mark.parametrize(
+    ("problem_type", "labels"),
+    [
+        ("regression", torch.arange(12.0).view(4, 3).double()),
+        ("single_label_classification", torch.tensor([0, 2, 1, 1])),
+        ("multi_label_classification", torch.tensor([[0.0, 1.0, 1.0]] * 4).double()),
+    ],
+)
+def test_num_items_in_batch_is_honoured_by_every_problem_type(problem_type, labels, build, tiny_config):
+    model = build(LinformerForSequenceClassification, tiny_config(num_labels=3, problem_type=problem_type))
+    ids = torch.randint(0, 50, (4, 12))
+    parts = sum(
+        model(ids[rows], labels=labels[rows], num_items_in_batch=labels.numel()).loss for rows in ([0], [1, 2, 3])
+    )
+    assert abs(model(ids, labels=labels).loss - parts) < 1e-6
+
+
+def test_label_smoothing_shifts_the_labels(tiny_config, tmp_path):
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), label_smoothing_factor=0.1, report_to="none", use_cpu=True, disable_tqdm=True
+    )
+    model = LinformerForCausalLM(tiny_config())
+    batch = {
+        name: torch.stack([row[name] for row in Rows(4).rows]) for name in ("input_ids", "attention_mask", "labels")
+    }
+    trainer = Trainer(model=model, args=arguments, train_dataset=Rows())
+    loss = trainer.compute_loss(model, dict(batch))
+    logits = model(**batch).logits[:, :-1]
+    expected = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), label_smoothing=0.1
+    )
+    assert abs(loss - expected) < 1e-5
+
+
 def test_shift_labels_are_honoured(build, tiny_config):
     model = build(LinformerForCausalLM, tiny_config())
     ids = torch.randint(0, 50, (2, 21))

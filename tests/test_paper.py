@@ -132,7 +132,7 @@ def test_what_stands_at_padding_changes_nothing_not_even_gradients(causal, build
     mask[0, :6], mask[1, 15:] = 0, 0
     other = torch.where(mask == 1, ids, (ids + 7) % 50)
     labels = ids.masked_fill(mask == 0, -100)
-    labels[0, 6] = -100  # the shifted loss would predict the first token from the padding before it
+    labels[0, 6] = -100  # the shifted loss predicts it from the padding before it, from nothing but that id
     gradients = []
     for inputs in (ids, other):
         model.zero_grad()
@@ -164,22 +164,14 @@ def test_packed_equals_separate(position, projection, sharing, attn_implementati
             assert (packed[row, start:stop] - alone).abs().max() < ORACLE
 
 
-def test_causal_model_without_slots_is_ordinary_attention(build, tiny_config):
-    """The baseline is the same class: k = 0 and a window over everything equals SDPA on the same weights."""
-    model = make(build, tiny_config, True, k=0, window_size=32, position_embedding="learned")
-    attention = model.model.layers[0].attention
-    hidden = torch.randn(2, 32, 32, dtype=torch.float64)
-    query, key, value = (
-        projection(hidden).unflatten(-1, (2, 16)).transpose(1, 2)
-        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-    )
-    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-    caught = []
-    attention.o_proj.register_forward_pre_hook(lambda module, inputs: caught.append(inputs[0]))
-    from linpass.attention_linformer import plain_grid
-
-    attention(hidden, grid=plain_grid(32, hidden.device), angles=None, shared_weights=None, tokens=32)
-    assert (caught[0] - expected.transpose(1, 2).flatten(2)).abs().max() < ORACLE
+@pytest.mark.parametrize("window", [32, 40])
+def test_causal_model_without_slots_is_ordinary_attention(window, build, tiny_config):
+    """The baseline is the same class: whatever computes it, k = 0 with a wide window is softmax over the past."""
+    model = build(LinformerForCausalLM, tiny_config(k=0, window_size=window, heads=2))
+    wide = build(LinformerForCausalLM, tiny_config(k=0, window_size=31, heads=2))  # goes through the window's own code
+    ids = torch.randint(0, 50, (2, 31))
+    assert (model(ids).logits - wide(ids[:, :31]).logits).abs().max() < ORACLE
+    assert_equals_loops(model, tokens=31)
 
 
 def test_output_attentions_are_slots_then_tokens(build, tiny_config):
@@ -193,7 +185,12 @@ def test_output_attentions_are_slots_then_tokens(build, tiny_config):
     assert (attentions[0].sum(-1)[real] - 1).abs().max() < ORACLE
     assert not attentions[0][0, :, 4:, 8 : 8 + 4].any()  # nothing looks at padding
     alone = model(ids[:1, 4:], output_attentions=True).attentions
+    longer = make(build, tiny_config, True, position_embedding="rotary", projection="convolution")
+    longer.set_attn_implementation("eager")
+    past_the_end = longer(torch.randint(0, 50, (1, 75)), output_attentions=True).attentions
+    assert [a.shape for a in past_the_end] == [(1, 2, 75, 8 + 75)] * 2
+    assert (past_the_end[0].sum(-1) - 1).abs().max() < ORACLE
     assert (attentions[1][0, :, 4:, 12:] - alone[1][0, :, :, 8:]).abs().max() < ORACLE
     assert (attentions[1][0, :, 4:, :8] - alone[1][0, :, :, :8]).abs().max() < ORACLE
     model.set_attn_implementation("sdpa")
-    assert not model(ids, attention_mask=mask, output_attentions=True).attentions
+    assert model(ids, attention_mask=mask, output_attentions=True).attentions is None
