@@ -6,6 +6,19 @@ Importing this package registers the models with transformers' Auto classes.
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .cache_linformer import LinformerCache
+    from .configuration_linformer import LinformerConfig
+    from .layers_linformer import LowRankLinear
+    from .modeling_linformer import (
+        LinformerForCausalLM,
+        LinformerForMaskedLM,
+        LinformerForSequenceClassification,
+        LinformerForTokenClassification,
+        LinformerModel,
+    )
 
 __version__ = "0.1.0"
 
@@ -20,7 +33,16 @@ _HOME = {
     "LowRankLinear": "layers_linformer",
 }
 
-__all__ = [*_HOME]
+__all__ = [
+    "LinformerCache",
+    "LinformerConfig",
+    "LinformerForCausalLM",
+    "LinformerForMaskedLM",
+    "LinformerForSequenceClassification",
+    "LinformerForTokenClassification",
+    "LinformerModel",
+    "LowRankLinear",
+]
 
 
 def __getattr__(name: str):
@@ -64,7 +86,7 @@ def register_auto_classes() -> None:
 
 def _only_help_is_asked() -> bool:
     """``linpass ... --help``: the command line answers before torch is imported, which takes seconds."""
-    return Path(sys.argv[0]).stem in {"linpass", "train", "compare"} and not {"-h", "--help"}.isdisjoint(sys.argv[1:])
+    return Path(sys.argv[0]).stem == "linpass" and not {"-h", "--help"}.isdisjoint(sys.argv[1:])
 
 
 if not _only_help_is_asked():

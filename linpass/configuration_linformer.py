@@ -25,7 +25,8 @@ class LinformerConfig(PretrainedConfig):
         heads: number of query heads (``num_attention_heads``); divides ``embed_dim``.
         num_key_value_heads: number of key/value heads; divides ``heads``. None: as many as ``heads``.
         seq_length: tokens of a full sequence (``max_position_embeddings``).
-        k: slots for a sequence of ``seq_length`` tokens, an int or one per layer; 0 is attention without slots.
+        k: slots for a sequence of ``seq_length`` tokens, an int or one per layer; 0 is attention without slots, for
+            which the rules of ``block_size`` and ``window_size`` do not count.
         block_size: tokens per block, causal only; divides ``seq_length``.
         window_size: exact tokens that a query sees, itself included, causal only; at least ``block_size``.
         causal: False is the paper's bidirectional encoder.
@@ -48,6 +49,7 @@ class LinformerConfig(PretrainedConfig):
 
     Raises:
         ValueError: a value breaks a rule; the message names field, value, rule and the nearest valid values.
+        StrictDataclassFieldValidationError: a value of a wrong type; the message names field and type.
 
     Example:
         >>> LinformerConfig(seq_length=512, k=128, block_size=32).slots_per_block(0)
@@ -146,8 +148,13 @@ class LinformerConfig(PretrainedConfig):
         rest = {name: value for name, value in kwargs.items() if cls.attribute_map.get(name, name) not in changed}
         canonical = {cls.attribute_map.get(name, name): value for name, value in config_dict.items()}
         merged = canonical | changed
-        if not {"embed_dim", "intermediate_size"}.isdisjoint(changed) and "intermediate_size" not in changed:
-            merged.pop("intermediate_size", None)  # a stored 4 * embed_dim follows the new width
+        # What was stored for None follows the field that it was derived from.
+        if "intermediate_size" not in changed and canonical.get("intermediate_size") == 4 * canonical.get(
+            "embed_dim", 0
+        ):
+            merged["intermediate_size"] = None
+        if "num_key_value_heads" not in changed and canonical.get("num_key_value_heads") == canonical.get("heads"):
+            merged["num_key_value_heads"] = None
         if {"k", "seq_length", "block_size"} & set(changed) and "seq_length" in canonical:
             cls(**canonical)._refuse_other_slots_per_block(changed)
         return super().from_dict(merged, **rest)

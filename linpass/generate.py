@@ -42,6 +42,9 @@ def generate(
         raise InputError(f"model={folder!r} must hold a causal language model and its tokenizer: {error}") from error
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
+    ids = 1 + max(tokenizer.get_vocab().values())
+    if ids > model.config.vocab_size:
+        raise InputError(f"the tokenizer in {folder!r} has {ids} ids, its model only {model.config.vocab_size}")
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False, verbose=False).to(model.device)
     length, limit = inputs["input_ids"].shape[1], most_tokens(model.config)
     if limit is not None and length >= limit:

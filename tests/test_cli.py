@@ -148,7 +148,7 @@ def test_output_folder_that_cannot_be_written(refused, tmp_path):
 def test_output_folder_with_other_files_is_not_replaced(refused, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/chapter1.txt").write_text("years of work")
-    assert "it holds other files" in refused("train", "--preset", "debug", "--output_dir", "thesis")
+    assert "it holds chapter1.txt" in refused("train", "--preset", "debug", "--output_dir", "thesis")
     assert "current folder" in refused("train", "--preset", "debug", "--output_dir", ".")
 
 
@@ -187,3 +187,45 @@ def test_generate_refuses(refused, arguments, rule):
 def test_generate_from_a_folder_without_a_model(refused, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "must hold a causal language model" in refused("generate", "empty", "Hello")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--learning_rate", "nan"], "learning_rate=nan must be 0 or more, and finite"),
+        (["--batch_size", "0"], "per_device_train_batch_size=0 must be 1 or more"),
+        (["--epochs", "-1"], "num_train_epochs=-1.0 must be more than 0"),
+        (["--seed", "-1"], "seed=-1 must be 0 or more"),
+        (["--resume_from_checkpoint", "nowhere"], "resume_from_checkpoint='nowhere' must be a folder"),
+    ],
+)
+def test_numbers_are_checked_before_the_text_is_read(flags, message, refused):
+    assert message in refused("train", "--preset", "debug", *flags)
+
+
+def test_a_folder_with_files_of_ones_own_is_not_replaced(refused, tmp_path):
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"name": "my web app"}')
+    (folder / "thesis.tex").write_text("years of work")
+    assert "it holds thesis.tex" in refused("train", "--preset", "debug", "--output_dir", str(folder))
+    assert (folder / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"text_files": "a.txt"}, "text_files='a.txt' must be a list of file names"),
+        ({"validation_fraction": None}, "validation_fraction=None must be more than 0"),
+    ],
+)
+def test_values_of_a_preset_are_checked(values, message, refused, tmp_path):
+    (tmp_path / "mine.json").write_text(json.dumps(values))
+    assert message in refused("train", "--preset", "mine.json")
+
+
+def test_half_a_character_is_refused(refused, tmp_path):
+    (tmp_path / "half.jsonl").write_text('{"text": "a\\ud800"}\n')
+    assert "half.jsonl' line 1: 'text' must be text" in refused(
+        "train", "--preset", "debug", "--text_files", "half.jsonl"
+    )

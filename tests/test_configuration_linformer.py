@@ -154,6 +154,7 @@ def test_overrides_are_checked_together_when_loading(tmp_path):
         AutoConfig.from_pretrained(tmp_path, max_position_embeddings=16384)
     with pytest.raises(ValueError, match="heads=3 must divide"):
         LinformerConfig.from_pretrained(tmp_path, heads=3)
+    assert LinformerConfig.from_pretrained(tmp_path, heads=2).num_key_value_heads == 2
     narrower, unused = LinformerConfig.from_pretrained(tmp_path, hidden_size=64, return_unused_kwargs=True, foo=1)
     assert narrower.intermediate_size == 256
     assert unused == {"foo": 1}

@@ -94,3 +94,9 @@ def test_a_preset_does_not_choose_a_preset(tmp_path):
     path.write_text('{"preset": "base"}')
     with pytest.raises(InputError, match="sets 'preset', which is no argument"):
         parse("--preset", str(path))
+
+
+def test_hugging_face_names_are_flags():
+    flags = ["--hidden_size", "64", "--num_hidden_layers", "3", "--num_attention_heads", "8"]
+    model, _data, _training = TrainParser().parse([*flags, "--max_position_embeddings", "128"])
+    assert (model.embed_dim, model.depth, model.heads, model.seq_length) == (64, 3, 8, 128)

@@ -19,8 +19,9 @@ PRESET_FOLDER = next(
 )
 
 
-def _flag(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+def _flag(default: Any, text: str, alias: str | None = None) -> Any:
+    """A field with its help, and its Hugging Face name where it has one."""
+    return field(default=default, metadata={"help": text} | ({"aliases": [f"--{alias}"]} if alias else {}))
 
 
 @dataclass
@@ -35,11 +36,11 @@ class ModelArguments:
     """
 
     vocab_size: int = _flag(50257, "token ids; also the size of the tokenizer that is trained when none is given")
-    embed_dim: int = _flag(512, "width of the hidden states")
-    depth: int = _flag(6, "blocks")
-    heads: int = _flag(4, "query heads; divides embed_dim")
+    embed_dim: int = _flag(512, "width of the hidden states", "hidden_size")
+    depth: int = _flag(6, "blocks", "num_hidden_layers")
+    heads: int = _flag(4, "query heads; divides embed_dim", "num_attention_heads")
     num_key_value_heads: int | str | None = _flag(None, "key/value heads; divides heads; none: as many as heads")
-    seq_length: int = _flag(512, "tokens of a full sequence, and of a training chunk")
+    seq_length: int = _flag(512, "tokens of a full sequence and of a training chunk", "max_position_embeddings")
     k: int | str | list[int] | None = _flag(128, "slots for seq_length tokens; one number, or one per layer: 64,64,128")
     block_size: int = _flag(32, "tokens per block; divides seq_length")
     window_size: int = _flag(128, "exact tokens that a query sees; at least block_size")
@@ -63,9 +64,8 @@ class ModelArguments:
     use_cache: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
-        for name in ("num_key_value_heads", "k", "intermediate_size", "rank", "attention_rank"):
-            setattr(self, name, _whole_numbers(name, getattr(self, name)))
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        read = ("num_key_value_heads", "k", "intermediate_size", "rank", "attention_rank")
+        for name in (*read, "pad_token_id", "bos_token_id", "eos_token_id"):
             setattr(self, name, _whole_numbers(name, getattr(self, name)))
 
 
@@ -85,7 +85,10 @@ class DataArguments:
     tokenizer: str | None = _flag(None, "name or folder of a tokenizer; none: train a byte-level BPE on the text")
 
     def __post_init__(self) -> None:
-        if not 0 < self.validation_fraction < 1:
+        # A preset's values come as JSON has them, unread by the command line.
+        if isinstance(self.text_files, str) or not all(isinstance(name, str) for name in self.text_files or []):
+            raise InputError(f"text_files={self.text_files!r} must be a list of file names")
+        if not isinstance(self.validation_fraction, float) or not 0 < self.validation_fraction < 1:
             raise InputError(f"validation_fraction={self.validation_fraction} must be more than 0 and less than 1")
         if self.max_documents is not None and self.max_documents < 1:
             raise InputError(f"max_documents={self.max_documents} must be 1 or more")

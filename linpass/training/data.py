@@ -87,7 +87,7 @@ def check_text_files(paths: Sequence[str]) -> None:
             raise InputError(f"text_files={name!r} must be readable: {error.strerror}") from None
         if empty:
             raise InputError(f"text_files={name!r} must hold text; the file is empty")
-        needed = {".zst": "zstandard", ".parquet": "pyarrow"}.get(path.suffix)
+        needed = {".zst": "zstandard", ".parquet": "pyarrow"}.get(path.suffix.lower())
         if needed and find_spec(needed) is None:
             raise InputError(f"text_files={name!r} ({suffix}) needs {needed}: pip install 'linpass[train]'")
 
@@ -139,11 +139,11 @@ def _read(path: Path, text_column: str) -> Iterator[str]:
 
 
 def _open_text(path: Path) -> io.TextIOBase:
-    if path.suffix == ".zst":
+    if path.suffix.lower() == ".zst":
         import zstandard
 
         return zstandard.open(path, "rt", encoding="utf-8-sig")
-    if path.suffix == ".gz":
+    if path.suffix.lower() == ".gz":
         return gzip.open(path, "rt", encoding="utf-8-sig")
     return path.open(encoding="utf-8-sig")
 
@@ -158,6 +158,10 @@ def _json_text(line: str, text_column: str, where: str) -> str:
         raise InputError(f"{where} must have the field text_column={text_column!r}; there is: {there}")
     if not isinstance(record[text_column], str):
         raise InputError(f"{where}: {text_column!r} must be a string, is {type(record[text_column]).__name__}")
+    try:
+        record[text_column].encode("utf-8")
+    except UnicodeEncodeError as error:  # "\ud800": JSON can spell half a character
+        raise InputError(f"{where}: {text_column!r} must be text: {error.reason}") from None
     return record[text_column]
 
 

@@ -5,8 +5,10 @@ import math
 import os
 import shutil
 from dataclasses import asdict, dataclass, fields
+from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, Trainer, set_seed
@@ -48,6 +50,7 @@ def train(
     from linpass.training.callbacks import LossPlot
 
     config = build_config(model_arguments)
+    check_numbers(training_arguments)
     output = Path(training_arguments.output_dir).expanduser().resolve()
     check_output_folder(output)
     check_checkpoint_folder(Path(training_arguments.checkpoint_dir).expanduser().resolve())
@@ -92,7 +95,8 @@ def build_config(arguments: ModelArguments) -> LinformerConfig:
     if not arguments.causal:
         raise InputError("causal=False must be True: linpass train predicts the next token, an encoder would see it")
     try:
-        return LinformerConfig(**(asdict(arguments) | special_ids(arguments)))
+        values: dict[str, Any] = asdict(arguments) | special_ids(arguments)
+        return LinformerConfig(**values)
     except (TypeError, ValueError) as error:
         raise InputError(str(error)) from error
     except Exception as error:
@@ -102,14 +106,52 @@ def build_config(arguments: ModelArguments) -> LinformerConfig:
         raise
 
 
+def check_numbers(arguments: TrainingArguments) -> None:
+    """Raise InputError for what the Trainer would stumble over only after the text has been read."""
+    rules = {
+        "learning_rate": (0 <= arguments.learning_rate < math.inf, "0 or more, and finite"),
+        "per_device_train_batch_size": (arguments.per_device_train_batch_size >= 1, "1 or more"),
+        "per_device_eval_batch_size": (arguments.per_device_eval_batch_size >= 1, "1 or more"),
+        "gradient_accumulation_steps": (arguments.gradient_accumulation_steps >= 1, "1 or more"),
+        "num_train_epochs": (arguments.max_steps > 0 or 0 < arguments.num_train_epochs < math.inf, "more than 0"),
+        "seed": (0 <= arguments.seed < 2**32, "0 or more and less than 2**32"),
+    }
+    for name, (holds, rule) in rules.items():
+        if not holds:
+            raise InputError(f"{name}={getattr(arguments, name)} must be {rule}")
+    resume = arguments.resume_from_checkpoint
+    if isinstance(resume, str) and not Path(resume).expanduser().is_dir():
+        raise InputError(f"resume_from_checkpoint={resume!r} must be a folder with a checkpoint")
+
+
+# What a saved model consists of: a folder that holds anything else is not replaced.
+MODEL_FILES = (
+    *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "*_linformer.py"),
+    *(
+        "tokenizer*.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.*",
+        "merges.txt",
+        "chat_template.jinja",
+    ),
+    *("README.md", PLOT_NAME),
+)
+
+
 def check_output_folder(output: Path) -> None:
     """Raise InputError when the finished model could not be put at ``output``, or would destroy other files there."""
     if output.exists() and not output.is_dir():
         raise InputError(f"output_dir={str(output)!r} must be a folder; a file is in the way")
     if Path.cwd().is_relative_to(output):
         raise InputError(f"output_dir={str(output)!r} must not be the current folder or one above it")
-    if output.is_dir() and any(output.iterdir()) and not (output / "config.json").is_file():
-        raise InputError(f"output_dir={str(output)!r} must be new, empty or a model to replace; it holds other files")
+    files = sorted(output.iterdir()) if output.is_dir() else []
+    others = [file.name for file in files if not any(fnmatch(file.name, pattern) for pattern in MODEL_FILES)]
+    if others or (files and not (output / "config.json").is_file()):
+        held = others or [file.name for file in files]
+        raise InputError(
+            f"output_dir={str(output)!r} must be new, empty or a saved model to replace; it holds {', '.join(held[:3])}"
+        )
     _check_writable("output_dir", output.parent)
     if (output.parent / PLOT_NAME).is_dir():
         raise InputError(f"output_dir={str(output)!r}: {PLOT_NAME} beside it must not be a folder")
@@ -180,11 +222,11 @@ def save_finished_model(trainer: Trainer, model: LinformerForCausalLM, output: P
     # Without checkpoints the Trainer leaves its folder empty.
     checkpoints = Path(str(trainer.args.output_dir))
     for folder in (checkpoints, checkpoints.parent):
-        if folder.is_dir() and not any(folder.iterdir()):
+        if checkpoints.parent.name == "trainer_output" and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
 
 
-def write_sample(model: LinformerForCausalLM, tokenizer: PreTrainedTokenizerBase, tokens_N: torch.Tensor) -> str:
+def write_sample(model: Any, tokenizer: PreTrainedTokenizerBase, tokens_N: torch.Tensor) -> str:
     """The start of a validation chunk and the model's own continuation, with the border marked."""
     prompt = tokens_N[: len(tokens_N) // 8 or 1].to(model.device).unsqueeze(0)
     new_tokens = min(64, len(tokens_N) - prompt.shape[1])
