@@ -268,7 +268,8 @@ class LinformerForCausalLM(LinformerPreTrainedModel, GenerationMixin):
                 "constant size; leave cache_implementation out"
             )
         self._refuse_too_many_tokens(generation_config, model_kwargs.get("attention_mask"), max_cache_length + 1)
-        if batch_size > 1 and generation_config._eos_token_tensor is not None:
+        rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
+        if rows > 1 and generation_config._eos_token_tensor is not None:
             model_kwargs["row_ends"] = (generation_config._prompt_columns, generation_config._eos_token_tensor)
         if past is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = LinformerCache(self.config)

@@ -91,6 +91,17 @@ def test_a_second_batched_turn_with_gaps(model):
         assert torch.equal(together[row, -12:], alone[0, -12:])
 
 
+def test_filling_enters_no_cache_of_several_samples(model):
+    ids = torch.randint(1, 50, (1, 6))
+    how = GREEDY | {"do_sample": True, "eos_token_id": list(range(1, 25)), "num_return_sequences": 4}
+    output = model.generate(ids, **how, max_new_tokens=12, return_dict_in_generate=True)
+    replies = output.sequences[:, 6:]
+    real = [next((n + 1 for n, t in enumerate(row) if 1 <= t < 25), len(row)) for row in replies.tolist()]
+    assert len(set(real)) > 1
+    fed = replies.shape[1] - 1  # the last token of the longest row was not fed
+    assert output.past_key_values.layers[0].seen.tolist() == [6 + min(count, fed) for count in real]
+
+
 def test_a_mask_that_unsees_the_past_is_refused(model):
     ids = torch.randint(1, 50, (2, 12))
     past = model(ids[:, :8], use_cache=True).past_key_values
