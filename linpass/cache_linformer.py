@@ -35,17 +35,16 @@ class LinformerCacheLayer(CacheLayerMixin):
 
     def __init__(self, config: LinformerConfig, layer_idx: int):
         super().__init__()
-        self.window_size = config.window_size
-        self.block_size = config.block_size
-        self.slots = config.layer_k(layer_idx)
-        self.slots_per_block = config.slots_per_block(layer_idx)
+        self.sizes = self.sizes_for(config, layer_idx)
+        self.slots, self.slots_per_block, self.block_size, self.window_size = self.sizes
         self.visible_blocks = self.slots // self.slots_per_block if self.slots else 0
         self.columns = 0
 
-    @property
-    def sizes(self) -> tuple[int, int, int, int]:
-        """Slots, slots per block, block and window."""
-        return self.slots, self.slots_per_block, self.block_size, self.window_size
+    @staticmethod
+    def sizes_for(config: LinformerConfig, layer_idx: int) -> tuple[int, int, int, int]:
+        """Slots, slots per block, tokens of a block and of the window."""
+        slots, per_block = config.layer_k(layer_idx), config.slots_per_block(layer_idx)
+        return slots, per_block, config.block_size, config.window_size
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Zeros for the batch, heads, dtype and device of ``key_states`` [B, G, *, D]."""
@@ -133,7 +132,6 @@ class LinformerCacheLayer(CacheLayerMixin):
         block_keys: Tensor,
         block_values: Tensor,
         slot_keys: Tensor,
-        tokens: int,
     ) -> None:
         """Add the tokens of a call.
 
@@ -141,8 +139,8 @@ class LinformerCacheLayer(CacheLayerMixin):
             key_BGND, value_BGND: new tokens at their columns, keys rotated.
             block_keys, block_values: sums of every block of the grid, complete or not, [B, G, C * R, D].
             slot_keys: ``block_keys`` rotated.
-            tokens: T, columns of the call, masked ones included.
         """
+        tokens = grid.index_BT.shape[1]  # masked ones included
         zero = torch.zeros_like(self.seen)
         start = zero if grid.start_B is None else grid.start_B
         total = zero + tokens if grid.total_B is None else grid.total_B
@@ -244,8 +242,8 @@ class LinformerCache(Cache):
 
     def fits(self, config: LinformerConfig) -> bool:
         """Whether layers, slots, blocks and window are those of ``config``."""
-        wanted = [LinformerCacheLayer(config, layer_idx) for layer_idx in range(config.depth)]
-        return [layer.sizes for layer in self.layers] == [layer.sizes for layer in wanted]
+        wanted = [LinformerCacheLayer.sizes_for(config, layer_idx) for layer_idx in range(config.depth)]
+        return [layer.sizes for layer in self.layers] == wanted
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows ``indices``, in that order, repeats allowed."""

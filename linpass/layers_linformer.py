@@ -174,7 +174,6 @@ class LinformerAttention(nn.Module):
         angles: tuple[Tensor, Tensor] | None,
         shared_weights: tuple[Tensor, Tensor] | None,
         past_key_values: LinformerCache | None = None,
-        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """
         Args:
@@ -196,14 +195,14 @@ class LinformerAttention(nn.Module):
 
         cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         if not self.is_causal:
-            output, probabilities = self._attend_both_ways(query, key, value, weights, grid, angles, **kwargs)
+            output, probabilities = self._attend_both_ways(query, key, value, weights, grid, angles)
         elif cache is not None and cache.columns and grid.columns == 1:
             output, probabilities = self._attend_one_token(query, key, value, weights, grid, angles, cache), None
         else:
-            output, probabilities = self._attend_before(query, key, value, weights, grid, angles, cache, **kwargs)
+            output, probabilities = self._attend_before(query, key, value, weights, grid, angles, cache)
         return self.o_proj(grid.restore(output.transpose(1, 2).flatten(2))), probabilities
 
-    def _attend_both_ways(self, query, key, value, weights, grid, angles, **kwargs):
+    def _attend_both_ways(self, query, key, value, weights, grid, angles):
         """Section 4 of the paper: all queries, k slots that mix the whole row; k = 0 is full attention."""
         if not self.k:
             keys, values = key if angles is None else rotate(key, angles), value
@@ -217,10 +216,12 @@ class LinformerAttention(nn.Module):
         else:
             keys, values, visible = self._mix_strides(key, value, weights, grid)
             if angles is not None:
-                keys = self._rotate_slots(keys, slot_centres(self._blocks(keys.shape[2], key.device), self._stride, 1))
+                keys = self._rotate_slots(
+                    keys, slot_centres(torch.arange(keys.shape[2], device=key.device), self._stride, 1)
+                )
         if visible is not None:  # a row without tokens looks at slot 0: its output is meaningless, not NaN
             visible = visible | (torch.arange(visible.shape[-1], device=visible.device) == 0)
-        return self._through_interface(query, keys, values, visible, grid, is_causal=False, **kwargs)
+        return self._through_interface(query, keys, values, visible, grid, is_causal=False)
 
     @property
     def _stride(self) -> int:
@@ -237,14 +238,14 @@ class LinformerAttention(nn.Module):
             mixed.append(mix_blocks(F.pad(states[:, :, : slots * stride], missing), weight))
         if grid.keep_BN is None and grid.columns == slots * stride:
             return *mixed, None
-        first = self._blocks(slots, key.device) * stride
+        first = torch.arange(slots, device=key.device) * stride
         total = grid.columns if grid.total_B is None else grid.total_B[:, None]
         held = (total - first).clamp(0, stride).expand(1 if grid.total_B is None else len(key), slots)
         if self.config.projection == "pooling":  # a slot that is partly filled is the mean of what it holds
             mixed = [states * (stride / held.clamp(min=1).to(states.dtype))[:, None, :, None] for states in mixed]
         return *mixed, (held > 0)[:, None, None]
 
-    def _attend_before(self, query, key, value, weights, grid, angles, cache, **kwargs):
+    def _attend_before(self, query, key, value, weights, grid, angles, cache):
         """Causal: tokens of this call, after those in the cache, if any."""
         layout, continues = self.layout, cache is not None and cache.columns > 0
         slot_key, slot_value = key[:, :, :0], value[:, :, :0]
@@ -258,14 +259,14 @@ class LinformerAttention(nn.Module):
             slot_key, slot_value = block_key, block_value.to(value.dtype)
         if self.k and angles is not None:
             count = slot_key.shape[2] // layout.slots_per_block
-            numbers = self._blocks(count, key.device)[None] if blocks is None else blocks[:, :count]
+            numbers = torch.arange(count, device=key.device)[None] if blocks is None else blocks[:, :count]
             centres = slot_centres(numbers, layout.block_size, layout.slots_per_block)
             slot_key = self._rotate_slots(slot_key, centres)
         slot_key = slot_key.to(key.dtype)
 
         plain = not continues and grid.first_block_BC is None
         if not self.k and plain and layout.window_size >= grid.columns:
-            output, probabilities = self._through_interface(query, rotated, value, None, grid, is_causal=True, **kwargs)
+            output, probabilities = self._through_interface(query, rotated, value, None, grid, is_causal=True)
         else:
             tensors = (query, rotated, value, slot_key, slot_value)
             if continues:
@@ -285,7 +286,7 @@ class LinformerAttention(nn.Module):
         if cache is not None:
             if not cache.is_initialized:
                 cache.lazy_initialization(key, value)
-            cache.write_grid(grid, rotated, value, block_key, block_value, slot_key, kwargs["tokens"])
+            cache.write_grid(grid, rotated, value, block_key, block_value, slot_key)
         return output, probabilities
 
     def _sum_blocks(self, key, value, weights, grid, blocks, cache):
@@ -328,7 +329,7 @@ class LinformerAttention(nn.Module):
         keys, values, visible = cache.everything()
         return attend_visible(query, keys, values, visible)[0]
 
-    def _through_interface(self, query, key, value, visible, grid, is_causal, **kwargs):
+    def _through_interface(self, query, key, value, visible, grid, is_causal):
         """transformers' own attention implementations, where plain attention over ``key`` is all there is to do."""
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, probabilities = attend(
@@ -357,10 +358,6 @@ class LinformerAttention(nn.Module):
 
     def _rotate_slots(self, slot_keys: Tensor, centres: Tensor) -> Tensor:
         return rotate(slot_keys, rotary_angles(centres, self.head_dim, self.config.rotary_base, slot_keys.dtype))
-
-    @staticmethod
-    def _blocks(count: int, device: torch.device) -> Tensor:
-        return torch.arange(count, device=device)
 
 
 class LinformerMLP(nn.Module):

@@ -166,7 +166,6 @@ class LinformerModel(LinformerPreTrainedModel):
                 angles=angles,
                 shared_weights=shared_weights,
                 past_key_values=past_key_values,
-                tokens=tokens,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
