@@ -8,8 +8,8 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "linpass/__init__.py").read_text(encoding="utf-8"), re.M)[1]
 
-# reading .zst and .parquet needs zstandard and pyarrow, the picture of the losses matplotlib
-TRAIN = ["matplotlib>=3.8", "pyarrow>=15", "zstandard>=0.22"]
+# data sets of the Hub need datasets, reading .zst and .parquet zstandard and pyarrow, pictures matplotlib
+TRAIN = ["datasets>=4.0", "matplotlib>=3.8", "pyarrow>=15", "zstandard>=0.22"]
 TEST = [*TRAIN, "hypothesis>=6.100", "pytest>=8"]
 
 setup(
@@ -27,14 +27,16 @@ setup(
     package_data={"linpass": ["py.typed"], "linpass.presets": ["*.json"]},
     install_requires=[
         "accelerate>=1.1",
-        "huggingface_hub>=1.0",
+        "huggingface_hub>=1.5",
         "safetensors>=0.5",
         "tokenizers>=0.22",
         "torch>=2.11",
+        "tqdm>=4.60",
         "transformers>=5.17",
     ],
     extras_require={
         "train": TRAIN,
+        "liger": ["liger-kernel>=0.6; sys_platform == 'linux'"],  # the loss without logits, on GPUs
         "test": TEST,
         "dev": [*TEST, "pyright>=1.1.400", "ruff>=0.12"],
     },

@@ -7,7 +7,7 @@ import torch
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
 
 from linpass import LinformerConfig, LinformerForSequenceClassification
-from linpass.training.data import train_tokenizer
+from linpass.training.tokenization import train_tokenizer
 
 SUBJECTS = ("The film", "This book", "Her last song", "The whole meal", "Our journey")
 OPINIONS = (("was dull", "bored us", "failed badly", "was a waste"), ("was superb", "moved us", "shone", "was a joy"))

@@ -9,45 +9,32 @@ from pathlib import Path
 from transformers import Trainer, TrainingArguments, set_seed
 
 from linpass import LinformerConfig, LinformerForCausalLM
-from linpass.training.data import ChunkDataset, chunk_documents, train_tokenizer
+from linpass.training.callbacks import LossLoggerCallback, SampleTextCallback
+from linpass.training.collators import DynamicChunkingCollator
+from linpass.training.tokenization import train_tokenizer
 
 files = sys.argv[1:] or [Path(__file__).parent.parent / "README.md"]
-documents = [Path(file).read_text(encoding="utf-8") for file in files]
+documents = [part for file in files for part in Path(file).read_text(encoding="utf-8").split("\n## ")]
 tokenizer = train_tokenizer(documents, vocab_size=512)
+rows = [{"input_ids": ids} for ids in tokenizer(documents)["input_ids"]]
 
 set_seed(0)
-config = LinformerConfig(
-    vocab_size=512,
-    embed_dim=64,
-    depth=2,
-    seq_length=128,
-    k=32,
-    block_size=16,
-    window_size=32,
-    position_embedding="rotary",
-    projection="convolution",
-    rank=None,
-    dropout=0.0,
-    pad_token_id=tokenizer.pad_token_id,
-    bos_token_id=tokenizer.bos_token_id,
-    eos_token_id=tokenizer.eos_token_id,
-)
+sizes = {"vocab_size": 512, "embed_dim": 64, "depth": 2, "seq_length": 128, "k": 32, "block_size": 16, "rank": None}
+ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+model = LinformerForCausalLM(LinformerConfig(**sizes, **ids, window_size=32, dropout=0.0))
+
+# Each document is cut anew in each epoch: the collator is a callback too, that is how it learns the epoch.
+collator = DynamicChunkingCollator(tokenizer, seq_length=128, deletion_probability=0.02)
 trainer = Trainer(
-    model=LinformerForCausalLM(config),
-    args=TrainingArguments(
-        output_dir="trainer_output",
-        max_steps=60,
-        learning_rate=3e-3,
-        per_device_train_batch_size=4,
-        logging_steps=20,
-        save_strategy="no",
-    ),
-    train_dataset=ChunkDataset(chunk_documents(documents, tokenizer, config.seq_length, "training")),
+    model=model,
+    args=TrainingArguments("trainer_output", num_train_epochs=15, per_device_train_batch_size=2, learning_rate=3e-3),
+    train_dataset=rows,
+    data_collator=collator,
     processing_class=tokenizer,
+    callbacks=[
+        collator,
+        LossLoggerCallback("trainer_output/log.jsonl", "trainer_output/loss.png"),
+        SampleTextCallback(tokenizer, ["The model"], interval=30, max_new_tokens=30),
+    ],
 )
 trainer.train()
-
-model = trainer.model.eval()
-prompt = tokenizer("The model", return_tensors="pt").to(model.device)
-output = model.generate(**prompt, max_new_tokens=40, do_sample=True)
-print(tokenizer.decode(output[0]))

@@ -1,4 +1,4 @@
-"""The command ``linpass``: train, generate.
+"""The command ``linpass``: train, generate, evaluate.
 
 Only the standard library is imported before a command is known to run, so that help and wrong flags answer at once.
 """
@@ -21,7 +21,7 @@ class Parser(argparse.ArgumentParser):
 def make_parser() -> Parser:
     """The commands; ``train`` has its own parser, see ``linpass/training/parser.py``."""
     parser = Parser(prog="linpass", description="Linformer language models at linear cost.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,generate}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,generate,evaluate}")
     commands.add_parser("train", help="train a causal Linformer (linpass train --help)", add_help=False)
     generate = commands.add_parser("generate", help="continue a prompt", description="Continue a prompt.")
     generate.add_argument("model", help="folder with a causal model and its tokenizer, such as ./final_model")
@@ -34,7 +34,32 @@ def make_parser() -> Parser:
     generate.add_argument("--top_p", type=_share, default=1.0, help="probability to draw from [%(default)s]")
     generate.add_argument("--seed", type=_whole(0), default=42, help="of the draws [%(default)s]")
     generate.add_argument("--greedy", action="store_true", help="always the likeliest token, no draws")
+    _add_evaluate(commands)
     return parser
+
+
+def _add_evaluate(commands) -> None:
+    usage = "linpass evaluate MODEL --text_files FILE [FILE ...] [flags below]"
+    text = "Perplexity, bits per byte and loss by position of any causal language model of transformers."
+    evaluate = commands.add_parser("evaluate", usage=usage, help="measure a model on text", description=text)
+    evaluate.add_argument("model", help="folder or Hub name of a causal model and its tokenizer, such as ./final_model")
+    evaluate.add_argument(
+        "--text_files",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help=".txt (a file is a document), .jsonl, .parquet, also .gz/.zst",
+    )
+    evaluate.add_argument("--text_column", default="text", help="field or column that holds the text [%(default)s]")
+    evaluate.add_argument("--seq_length", type=_whole(1), help="tokens of a window [as many as the model is made for]")
+    evaluate.add_argument("--batch_size", type=_whole(1), default=8, help="windows at a time [%(default)s]")
+    evaluate.add_argument("--max_documents", type=_whole(1), help="use the first documents only [all]")
+    evaluate.add_argument(
+        "--output_dir", default="./evaluation", help="for evaluation.json, loss_by_position.png [%(default)s]"
+    )
+    evaluate.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="[%(default)s]")
+    evaluate.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: the accelerator if there is one")
+    evaluate.add_argument("--trust_remote_code", action="store_true", help="run the code that the model brings")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,8 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run_train(arguments[1:])
             return 0
         options = vars(make_parser().parse_args(arguments))
-        options.pop("command")
-        run_generate(options.pop("model"), options.pop("prompt"), **options)
+        if options.pop("command") == "evaluate":
+            run_evaluate(options.pop("model"), options.pop("text_files"), **options)
+        else:
+            run_generate(options.pop("model"), options.pop("prompt"), **options)
         return 0
     except InputError as error:
         print(f"linpass: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -66,10 +93,20 @@ def run_train(flags: list[str]) -> None:
     if "--help_all" in flags:
         parser.print_help()
         return
-    parsed = parser.parse(flags)
+    run = parser.parse(flags)
     from linpass.training.train import train
 
-    train(*parsed)
+    train(run)
+
+
+def run_evaluate(model: str, text_files: list[str], **options) -> None:
+    """``linpass evaluate``."""
+    from transformers.utils import logging
+
+    from linpass.evaluate import evaluate
+
+    logging.disable_progress_bar()  # "Loading weights" would stand before the table
+    evaluate(model, text_files, **options)
 
 
 def run_generate(model: str, prompt: str, **options) -> None:

@@ -1,10 +1,13 @@
 """Fixtures: small configurations, and models whose every parameter is random, so that no symmetry hides an error."""
 
 import os
+import tempfile
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+CACHE = tempfile.TemporaryDirectory(prefix="linpass-tests-")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = CACHE.name
 
-import pytest  # noqa: E402  the variable above is read when huggingface_hub is imported
+import pytest  # noqa: E402  the variables above are read when huggingface_hub is imported
 import torch  # noqa: E402
 
 from linpass import LinformerConfig  # noqa: E402

@@ -67,7 +67,7 @@ def test_root_script_is_the_command():
 
 
 def test_no_command(refused):
-    assert "train,generate" in refused()
+    assert "train,evaluate,generate" in refused()
 
 
 def test_unknown_flag_names_the_nearest(refused):
@@ -88,8 +88,42 @@ def test_model_that_breaks_a_rule(refused):
     assert "heads=3 must divide embed_dim=32" in line
 
 
-def test_encoder_is_refused(refused):
-    assert "causal=False must be True" in refused("train", "--causal", "false")
+def test_objectives_and_architectures_that_do_not_fit(refused):
+    assert "causal=False needs --objective masked" in refused("train", "--causal", "false")
+    assert "packing=True needs objective causal" in refused("train", "--objective", "masked")  # the preset packs
+    masked = ("train", "--preset", "debug", "--objective", "masked")
+    assert "needs architecture linformer, not 'gpt2'" in refused(*masked, "--architecture", "gpt2")
+    assert "packing=True needs architecture linformer" in refused("train", "--architecture", "llama")
+    assert "architecture='bert' must be one of" in refused("train", "--architecture", "bert")
+    assert "objective='other' must be causal or masked" in refused("train", "--objective", "other")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--deletion_probability", "1.2"], "deletion_probability=1.2 must be a probability, 0 to 1"),
+        (["--swap_probability", "-0.1"], "swap_probability=-0.1 must be a probability, 0 to 1"),
+        (["--chunks_per_document", "0"], "chunks_per_document=0 must be 1 or more, or none"),
+        (["--noise_target", "x"], "noise_target='x' must be clean or noised"),
+        (["--mixing_weights", "1", "2"], "mixing_weights=[1.0, 2.0] must be 1 numbers more than 0"),
+        (["--streaming", "True"], "streaming=True needs --datasets"),
+        (["--token_folders", "nowhere"], "token_folders needs --tokenizer"),
+        (["--token_folders", "nowhere", "--tokenizer", "x"], "token_folders='nowhere' must be a folder of token ids"),
+        (["--validation_files", "nowhere.txt"], "'nowhere.txt' must be a file"),
+        (["--plot_scale", "square"], "plot_scale='square' must be linear or log"),
+        (["--label_smoothing_factor", "1"], "label_smoothing_factor=1.0 must be 0 or more and less than 1"),
+        (["--cache_dir", "/dev/null/ids"], "cache_dir='/dev/null/ids' must be a folder that can be written to"),
+        (["--resume", "True", "--resume_from_checkpoint", "x"], "resume and resume_from_checkpoint exclude each other"),
+    ],
+)
+def test_how_documents_are_used_is_checked(flags, message, refused):
+    assert message in refused("train", "--preset", "debug", *flags)
+
+
+def test_data_sets_without_a_network(refused):
+    pytest.importorskip("datasets")
+    line = refused("train", "--preset", "debug", "--datasets", "openwebtext", "bookcorpus")
+    assert "datasets='openwebtext' could not be reached, is there a network?" in line
 
 
 def test_unknown_preset_names_those_there_are(refused):
@@ -110,7 +144,8 @@ def test_unknown_preset_names_those_there_are(refused):
         ("number.jsonl", b'{"text": 3}\n', "must be a string, is int"),
         ("bad.parquet", b"PAR1 and nothing", "could not be read as .parquet"),
         ("bad.txt.zst", b"no zstandard", "could not be read as .txt.zst"),
-        ("short.txt", b"Too little.", "must be at most the"),
+        ("short.txt", b"T", "must hold at least one document of two tokens"),
+        ("nul.txt", b"text\0", "must be text: it holds a NUL character"),
     ],
 )
 def test_text_file_that_cannot_be_used(refused, tmp_path, name, content, rule):
@@ -215,7 +250,7 @@ def test_a_folder_with_files_of_ones_own_is_not_replaced(refused, tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"text_files": "a.txt"}, "text_files='a.txt' must be a list of file names"),
+        ({"text_files": "a.txt"}, "text_files='a.txt' must be a list of names"),
         ({"validation_fraction": None}, "validation_fraction=None must be more than 0"),
     ],
 )

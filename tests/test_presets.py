@@ -31,15 +31,15 @@ def test_the_presets_there_are():
 
 @pytest.mark.parametrize("name", preset_names())
 def test_each_preset_is_a_valid_model(name):
-    model, _data, training = parse("--preset", name)
-    config = build_config(model)
-    assert config.causal
-    assert training.learning_rate == read_preset(name, TrainParser().names)["learning_rate"]
+    run = parse("--preset", name)
+    assert build_config(run).causal
+    assert run.training.learning_rate == read_preset(name, TrainParser().names)["learning_rate"]
 
 
 def test_lumenspark_is_all_model_defaults():
-    model, _data, training = parse("--preset", "lumenspark")
-    assert model == ModelArguments()
+    run = parse("--preset", "lumenspark")
+    training = run.training
+    assert run.model == ModelArguments()
     assert training.per_device_train_batch_size == 48
     assert training.gradient_accumulation_steps == 10
     assert training.learning_rate == 1.25e-4
@@ -48,7 +48,7 @@ def test_lumenspark_is_all_model_defaults():
 
 
 def test_base_is_the_model_that_measures_best():
-    model = parse("--preset", "base")[0]
+    model = parse("--preset", "base").model
     wanted = {"embed_dim": 512, "depth": 8, "heads": 8, "seq_length": 1024, "k": 128, "block_size": 32}
     wanted |= {"window_size": 128, "projection": "convolution", "projection_sharing": "none", "rank": None}
     wanted |= {"position_embedding": "rotary", "qk_norm": True, "dropout": 0.0}
@@ -57,13 +57,14 @@ def test_base_is_the_model_that_measures_best():
 
 def test_without_flags_the_preset_is_tiny():
     assert parse() == parse("--preset", "tiny")
-    assert parse()[0].vocab_size == 1024
+    assert parse().model.vocab_size == 1024
 
 
 def test_flags_win_over_preset_in_any_order():
     groups = [["--preset", "debug"], ["--embed_dim", "48"], ["--epochs", "2"], ["--batch_size=3"]]
     for order in itertools.permutations(groups):
-        model, _data, training = parse(*itertools.chain(*order))
+        run = parse(*itertools.chain(*order))
+        model, training = run.model, run.training
         assert model.embed_dim == 48
         assert model.depth == 2  # the preset's
         assert model.norm_eps == 1e-6  # the default
@@ -72,19 +73,19 @@ def test_flags_win_over_preset_in_any_order():
 
 
 def test_a_flag_at_the_default_value_wins_too():
-    assert parse("--preset", "debug", "--embed_dim", "512")[0].embed_dim == 512
+    assert parse("--preset", "debug", "--embed_dim", "512").model.embed_dim == 512
 
 
 def test_none_and_lists_on_the_command_line():
-    model = parse("--rank", "none", "--k", "16,32,32", "--num-key-value-heads", "1")[0]
+    model = parse("--rank", "none", "--k", "16,32,32", "--num-key-value-heads", "1").model
     assert model.rank is None
     assert model.k == [16, 32, 32]
     assert model.num_key_value_heads == 1
-    assert parse("--preset", "lumenspark", "--k", "64")[0].k == 64
+    assert parse("--preset", "lumenspark", "--k", "64").model.k == 64
 
 
 def test_checkpoints_do_not_go_to_the_finished_model():
-    training = parse("--output_dir", "models/one")[2]
+    training = parse("--output_dir", "models/one").training
     assert training.output_dir == "models/one"
     assert training.checkpoint_dir == "models/trainer_output/one"
 
@@ -98,5 +99,5 @@ def test_a_preset_does_not_choose_a_preset(tmp_path):
 
 def test_hugging_face_names_are_flags():
     flags = ["--hidden_size", "64", "--num_hidden_layers", "3", "--num_attention_heads", "8"]
-    model, _data, _training = TrainParser().parse([*flags, "--max_position_embeddings", "128"])
+    model = parse(*flags, "--max_position_embeddings", "128").model
     assert (model.embed_dim, model.depth, model.heads, model.seq_length) == (64, 3, 8, 128)

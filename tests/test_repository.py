@@ -18,7 +18,7 @@ ORDER = ("errors", "configuration", "attention", "kernels", "cache", "layers", "
 
 
 def level(module: str) -> int | None:
-    """Place in ORDER of a module such as "linpass.training.data" or "cache_linformer"."""
+    """Place in ORDER of a module such as "linpass.training.tokens" or "cache_linformer"."""
     name = module.removeprefix("linpass.").split(".")[0].removesuffix("_linformer")
     return ORDER.index(name) if name in ORDER else None
 
@@ -43,8 +43,8 @@ def imports(path: Path) -> list[tuple[str, int, bool]]:
 def test_the_rules_below_see_the_files():
     names = {path.name for path in HUB_FILES}
     assert names >= {"configuration_linformer.py", "attention_linformer.py", "modeling_linformer.py"}
-    assert ("linpass.training.data", 0, False) in imports(PACKAGE / "training/train.py")
-    assert level("linpass.training.data") == level("training") > level("modeling_linformer") > level("configuration")
+    assert ("linpass.training.preparation", 0, False) in imports(PACKAGE / "training/train.py")
+    assert level("linpass.training.tokens") == level("training") > level("modeling_linformer") > level("configuration")
 
 
 @pytest.mark.parametrize("path", HUB_FILES, ids=lambda path: path.name)

@@ -1,8 +1,14 @@
 """Whole runs of `linpass train` and `linpass generate`."""
 
 import json
+import math
+import os
 import shutil
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,15 +17,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from linpass import LinformerForCausalLM
 from linpass.cli import main
 from linpass.errors import InputError
-from linpass.training import data
+from linpass.training import preparation
+from linpass.training.documents import PythonText
+from linpass.training.output_folder import LOG_NAME, PLOT_NAME
 from linpass.training.parser import TrainParser
-from linpass.training.train import PLOT_NAME, train
+from linpass.training.tokens import validation_mask
+from linpass.training.train import train
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def debug_run(folder, *flags):
-    return train(*TrainParser().parse(["--preset", "debug", "--output_dir", str(folder / "final_model"), *flags]))
+    return train(TrainParser().parse(["--preset", "debug", "--output_dir", str(folder / "final_model"), *flags]))
 
 
 @pytest.fixture(scope="module")
@@ -36,25 +45,42 @@ def model_folder(finished):
 
 def test_the_folder_holds_what_readers_need_and_nothing_else_is_left(finished):
     folder, _result = finished
-    assert sorted(path.name for path in folder.iterdir()) == ["final_model", PLOT_NAME]
+    assert sorted(path.name for path in folder.iterdir()) == ["final_model", "trainer_output", PLOT_NAME]
+    assert [path.name for path in (folder / "trainer_output/final_model").iterdir()] == [LOG_NAME]
     names = {path.name for path in (folder / "final_model").iterdir()}
     assert names >= {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", PLOT_NAME}
+    assert names >= {"README.md", LOG_NAME, "generation_config.json", "modeling_linformer.py"}
     assert not [name for name in names if name.endswith((".bin", ".pt"))]
     assert (folder / PLOT_NAME).read_bytes().startswith(PNG)
 
 
 def test_the_perplexity_is_of_the_saved_model_on_the_validation_text(finished, model_folder):
-    model_arguments, data_arguments, training_arguments = TrainParser().parse(["--preset", "debug"])
-    documents = data.load_documents(data_arguments)
-    texts = data.split_documents(documents, data_arguments.validation_fraction, training_arguments.seed)[1]
+    run = TrainParser().parse(["--preset", "debug"])
+    texts = list(PythonText(max_documents=run.data.max_documents))
+    chosen = validation_mask(len(texts), run.data.validation_fraction, run.training.seed)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    chunks = data.chunk_documents(texts, tokenizer, model_arguments.seq_length, "validation")
     model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
-    with torch.no_grad():
-        log_probs = model(chunks).logits[:, :-1].log_softmax(-1)
-    loss = -log_probs.gather(-1, chunks[:, 1:, None]).mean()
-    assert finished[1].perplexity == pytest.approx(loss.exp().item(), rel=1e-4)
-    assert finished[1].validation_tokens == chunks[:, 1:].numel()
+    total, tokens, n = 0.0, 0, run.model.seq_length
+    for text, held_out in zip(texts, chosen, strict=True):
+        ids = torch.tensor([*tokenizer(text, verbose=False)["input_ids"], tokenizer.eos_token_id])
+        for chunk in ids.split(n) if held_out else ():
+            with torch.no_grad():
+                log_probs = model(chunk[None]).logits[0, :-1].log_softmax(-1)
+            total -= log_probs.gather(-1, chunk[1:, None]).sum().item()
+            tokens += len(chunk) - 1
+    assert finished[1].perplexity == pytest.approx(math.exp(total / tokens), rel=1e-4)
+    assert finished[1].validation_tokens == tokens
+
+
+def test_the_card_and_the_log_hold_the_numbers_of_the_run(finished, model_folder):
+    entries = [json.loads(line) for line in (Path(model_folder) / LOG_NAME).read_text().splitlines()]
+    card = (Path(model_folder) / "README.md").read_text(encoding="utf-8")
+    (evaluation,) = {entry["eval_loss"] for entry in entries if "eval_loss" in entry}
+    assert math.exp(evaluation) == pytest.approx(finished[1].perplexity)
+    assert f"{finished[1].perplexity:.2f}" in card
+    assert f"{finished[1].bigram_perplexity:.2f}" in card
+    assert PLOT_NAME in card
+    assert [entry["step"] for entry in entries if "loss" in entry] == [5, 10, 15, 20, 25, 30, 35]
 
 
 def test_special_ids_are_the_tokenizers(model_folder):
@@ -92,7 +118,7 @@ def test_own_text_and_own_tokenizer(tmp_path, model_folder, capsys, monkeypatch)
 
 
 def test_a_tokenizer_too_large_is_refused_before_the_text_is_read(tmp_path, model_folder, monkeypatch):
-    monkeypatch.setattr(data, "load_documents", lambda arguments: pytest.fail("read the text"))
+    monkeypatch.setattr(preparation, "open_corpora", lambda arguments: pytest.fail("read the text"))
     with pytest.raises(InputError, match="vocab_size=300 must be at least 384"):
         debug_run(tmp_path, "--tokenizer", model_folder, "--vocab_size", "300")
     assert not list(tmp_path.iterdir())
@@ -104,7 +130,7 @@ def test_checkpoints_stay_beside_and_a_run_resumes(tmp_path):
     checkpoint = tmp_path / "trainer_output/final_model/checkpoint-20"
     assert checkpoint.is_dir()
     resumed = debug_run(tmp_path, *flags, "--resume_from_checkpoint", str(checkpoint))
-    assert resumed.perplexity == pytest.approx(first.perplexity, rel=1e-5)
+    assert resumed == first
     assert not list((tmp_path / "final_model").glob("checkpoint*"))
 
 
@@ -116,9 +142,119 @@ def test_a_run_that_stops_leaves_the_older_model(tmp_path, model_folder, monkeyp
         raise OSError("No space left on device")
 
     monkeypatch.setattr("transformers.Trainer.save_model", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(InputError, match="could not be written: No space left .* linpass train --resume"):
         debug_run(tmp_path, "--epochs", "0.1", "--depth", "1")
     assert {path.name: path.read_bytes() for path in (tmp_path / "final_model").iterdir()} == before
+
+
+SAVING = ["--save_strategy", "steps", "--save_steps", "10", "--dropout", "0.1", "--deletion_probability", "0.1"]
+
+
+def losses(folder):
+    """(step, loss) of each line of the training log, in its order."""
+    entries = (json.loads(line) for line in (folder / "final_model" / LOG_NAME).read_text().splitlines())
+    return [(entry["step"], entry["loss"], entry["grad_norm"]) for entry in entries if "loss" in entry]
+
+
+def command(folder, *flags):
+    """The command in a process of its own."""
+    line = [sys.executable, "-m", "linpass.cli", "train", "--preset", "debug", *SAVING]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.Popen(
+        [*line, "--output_dir", str(folder / "final_model"), *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment | {"PYTHONPATH": str(Path(__file__).parent.parent)},
+    )
+
+
+def wait_for_log(folder, step):
+    """Until the running command has logged this step."""
+    log = folder / "trainer_output/final_model" / LOG_NAME
+    deadline = time.monotonic() + 120
+    while not (log.is_file() and f'"step": {step},' in log.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_that_was_stopped_goes_on_as_if_nothing_had_been(tmp_path, number):
+    whole = debug_run(tmp_path / "whole", *SAVING)
+    stopped = tmp_path / "stopped"
+    process = command(stopped)
+    wait_for_log(stopped, 15)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert not (stopped / "final_model").exists()
+    if number == signal.SIGTERM:
+        assert process.returncode == 0, output
+        assert "go on with the same command and --resume" in output
+        assert "Traceback" not in output
+    else:
+        assert process.returncode == -signal.SIGKILL
+    with (
+        pytest.warns(UserWarning, match="checkpoint-.* is skipped: it belongs to a run with other settings"),
+        pytest.raises(InputError, match="learning_rate=0.01 must be 0.003, the value of checkpoint-"),
+    ):
+        debug_run(stopped, *SAVING, "--resume", "--learning_rate", "0.01")
+    assert debug_run(stopped, *SAVING, "--resume") == whole
+    assert losses(stopped) == losses(tmp_path / "whole")
+    assert [step for step, _loss, _norm in losses(stopped)] == sorted({step for step, _loss, _norm in losses(stopped)})
+
+
+def test_resume_without_a_checkpoint_begins_at_the_beginning(tmp_path, finished, capsys):
+    assert debug_run(tmp_path, "--resume") == finished[1]
+    assert "this run begins at step 0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_baselines_are_trained_by_the_same_command(tmp_path, architecture, finished, capsys):
+    result = debug_run(tmp_path, "--architecture", architecture, "--epochs", "0.2")
+    assert result.validation_tokens == finished[1].validation_tokens
+    assert result.bigram_perplexity == finished[1].bigram_perplexity
+    assert not list((tmp_path / "final_model").glob("*.py"))
+    assert main(["generate", str(tmp_path / "final_model"), "The", "--max_new_tokens", "3"]) == 0
+
+
+def test_an_encoder_learns_to_fill_masks(tmp_path, capsys):
+    result = debug_run(tmp_path, "--objective", "masked", "--epochs", "0.2")
+    assert result.sample is None
+    assert result.bigram_perplexity is None
+    fill = pipeline("fill-mask", model=str(tmp_path / "final_model"))
+    assert len(fill(f"The {fill.tokenizer.mask_token} of an object")) == 5
+    assert fill.model.config.causal is False
+
+
+def test_data_sets_and_files_are_mixed_and_their_ids_reused(tmp_path, model_folder, monkeypatch, capsys):
+    pytest.importorskip("datasets")
+    for name, count in (("set", 30), ("files", 20)):
+        (tmp_path / name).mkdir()
+        lines = [json.dumps({"text": f"{name} {n} holds a sentence or two about {n * n}. " * 5}) for n in range(count)]
+        (tmp_path / name / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    flags = ["--datasets", str(tmp_path / "set"), "--text_files", str(tmp_path / "files/a.jsonl")]
+    flags += ["--mixing_weights", "1", "2", "--packing", "--tokenizer", model_folder, "--cache_dir", str(tmp_path)]
+    first = debug_run(tmp_path, *flags)
+    stores = sorted(tmp_path.glob("tokens-*"))
+    assert len(stores) == 2
+    monkeypatch.setattr("linpass.training.tokens.write_store", lambda *a, **k: pytest.fail("computed again"))
+    assert debug_run(tmp_path, *flags) == first
+    folders = [str(store) for store in stores]
+    moved = debug_run(tmp_path, "--token_folders", *folders, "--tokenizer", model_folder)
+    assert moved.validation_tokens == first.validation_tokens
+    card = (tmp_path / "final_model/README.md").read_text(encoding="utf-8")
+    assert "text files" in card
+
+
+def test_samples_and_pictures_along_the_way(tmp_path, capsys):
+    flags = ["--sample_prompts", "The", "An object", "--sample_steps", "10", "--plot_steps", "10"]
+    result = debug_run(tmp_path, *flags, "--plot_scale", "log")
+    lines = (tmp_path / "final_model/training_samples.jsonl").read_text(encoding="utf-8").splitlines()
+    entries = [json.loads(line) for line in lines]
+    assert [(entry["step"], entry["prompt"]) for entry in entries] == [
+        (step, prompt) for step in (10, 20, 30) for prompt in ("The", "An object")
+    ]
+    assert result == debug_run(tmp_path / "without")
 
 
 def test_generate_streams_the_prompt_and_its_continuation(model_folder, capsys):
