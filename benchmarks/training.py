@@ -6,7 +6,8 @@
 ``run``      a whole training, its curve and its perplexity
 ``scaling``  tokens per second on 1 … N GPUs of one machine
 
-The folders hold token ids (``linpass train`` leaves them in its ``--cache_dir``). Results go to ``--output``.
+The folders hold token ids (``linpass train`` leaves them in its ``--cache_dir``). Results go to ``--output``. Further
+flags are those of ``linpass train``.
 """
 
 import argparse
@@ -33,15 +34,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12, help="optimizer steps of a speed run")
     parser.add_argument("--cases", nargs="+", default=["linformer", "gpt2", "llama"])
     parser.add_argument("--compile", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--label", default="", help="end of the result's name, for further flags")
     parser.add_argument("--gpus", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("rest", nargs="*", help="further flags of linpass train, after --")
-    arguments = parser.parse_args()
+    arguments, arguments.rest = parser.parse_known_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     from benchmarks.environment import describe
 
     result = {"theme": arguments.theme, "preset": arguments.preset, "environment": describe()}
     result |= THEMES[arguments.theme](arguments)
-    path = arguments.output / f"training_{arguments.theme}.json"
+    path = arguments.output / f"training_{arguments.theme}{arguments.label}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result))
 
@@ -183,7 +184,7 @@ def scaling(arguments: argparse.Namespace) -> dict:
     rows = []
     for gpus in arguments.gpus:
         command = flags(arguments, scratch(arguments), *short(arguments))
-        launcher = ["torchrun", "--standalone", f"--nproc_per_node={gpus}", "--no-python", sys.executable]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
         subprocess.run([*launcher, "-m", "linpass.cli", "train", *command], check=True)
         rows.append({"gpus": gpus, **summary(read_log(scratch(arguments)))})
         rows[-1]["efficiency"] = rows[-1]["tokens_per_second"] / gpus / rows[0]["tokens_per_second"] * rows[0]["gpus"]

@@ -19,11 +19,22 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 # Queries that `attend_blocks` handles at once. On a CPU the scores of a chunk should stay in the caches: 128 was the
 # best of 32 to 256 at n = 4096 with 8 heads. A GPU wants much work per launch, but wastes what a chunk sees beyond
 # the window: rows of the batch times the square of the chunk near 2^24 was the best from n = 512 to 65,536 on an H200.
 CHUNK_CPU, CHUNK_GPU_LOG2_WORK = 128, 24
+
+# Queries of a chunk of `attend_blocks_fused`, C: a query is compared with k + C + w keys, of which it sees k + w, and
+# every key is copied (k + C + w) / C times. At k = 256, w = 128: 512 keys and 4 copies at 128, 640 and 2.5 at 256, 896
+# and 1.75 at 512. Where k + w is more than four chunks, chunks grow with it: at most five copies.
+CHUNK_FUSED, CHUNKS_IN_VIEW = 256, 4
+# Keys of a fused call are a multiple of this: memory-efficient attention wants 8, its tiles are 128 wide, and cuDNN's
+# gradient of the queries under a mask can be NaN when half a tile is left over (pytorch issue 196678).
+KEY_TILE = 128
+# Most slots and window tokens of a fused call: its mask then takes up to 10 KiB a token and layer, in half precision.
+WIDEST_FUSED = 4096
 
 
 class TokenGrid(NamedTuple):
@@ -266,25 +277,30 @@ def attend_visible(
 def visible_slots(
     query_N: Tensor, slot_block_S: Tensor, block_size: int, visible_blocks: int, first_block: Tensor | None = None
 ) -> Tensor:
-    """Which slots a query may see, [N, S] or [B, 1, N, S]: those of complete blocks, the newest ``visible_blocks``.
+    """Which slots a query may see, [..., N, S]: those of complete blocks, the newest ``visible_blocks``.
 
     Args:
-        query_N: columns of the queries.
+        query_N: columns of the queries, [..., N].
         slot_block_S: block of each slot, counted from column 0; negative before it.
-        first_block: first block that each query may see, [B, N].
+        first_block: first block that each query may see, broadcast against ``query_N``.
     """
-    complete_N1 = ((query_N + 1) // block_size)[:, None]
+    complete_N1 = ((query_N + 1) // block_size)[..., None]
     visible = (slot_block_S < complete_N1) & (slot_block_S >= complete_N1 - visible_blocks)
-    return visible if first_block is None else visible & (slot_block_S >= first_block[:, None, :, None])
+    return visible if first_block is None else visible & (slot_block_S >= first_block[..., None])
 
 
 def visible_tokens(
     query_N: Tensor, key_M: Tensor, block_size: int, window_size: int, first_block: Tensor | None = None
 ) -> Tensor:
-    """Which tokens a query sees exactly, [N, M] or [B, 1, N, M]: itself and the ``window_size`` - 1 before it."""
-    query_N1 = query_N[:, None]
+    """Which tokens a query sees exactly, [..., N, M]: itself and the ``window_size`` - 1 before it.
+
+    Args:
+        key_M: columns of the keys, [M] or [..., 1, M].
+        query_N, first_block: as in :func:`visible_slots`.
+    """
+    query_N1 = query_N[..., None]
     visible = (key_M <= query_N1) & (key_M > query_N1 - window_size)
-    return visible if first_block is None else visible & (key_M >= first_block[:, None, :, None] * block_size)
+    return visible if first_block is None else visible & (key_M >= first_block[..., None] * block_size)
 
 
 class BlockLayout(NamedTuple):
@@ -321,7 +337,7 @@ def attend_blocks_reference(
     query_N = torch.arange(tokens, device=device)
     key_M = torch.arange(key_BGMD.shape[2], device=device) - layout.past_tokens
     slot_S = torch.arange(slot_key_BGSD.shape[2], device=device) // max(layout.slots_per_block, 1) - layout.past_blocks
-    first = None if first_block_BC is None else first_block_BC[:, query_N // layout.block_size]
+    first = None if first_block_BC is None else first_block_BC[:, None, query_N // layout.block_size]
     visible = torch.cat(
         (
             visible_slots(query_N, slot_S, layout.block_size, layout.visible_blocks, first),
@@ -357,10 +373,134 @@ def attend_blocks(
         first_block_BC: first block that the queries of each block may see (packed documents, short rows of a cache).
     Returns: [B, H, N, D] in the dtype of the queries.
     Cost: time O(B·H·N·(k + w)·D); memory O(B·H·N·D), forward and backward: scores are formed for a chunk of queries
-        at a time and formed again in the backward pass.
+        at a time and formed again in the backward pass. Half precision on a GPU: :func:`attend_blocks_fused`.
     Invariants: output t is a function of tokens up to t alone, to the bit; equals :func:`attend_blocks_reference`.
     """
+    if _suits_fused(query_BHND, key_BGMD, slot_key_BGSD, layout):
+        return attend_blocks_fused(
+            query_BHND, key_BGMD, value_BGMD, slot_key_BGSD, slot_value_BGSD, layout, first_block_BC
+        )
     return _AttendBlocks.apply(query_BHND, key_BGMD, value_BGMD, slot_key_BGSD, slot_value_BGSD, layout, first_block_BC)
+
+
+def _suits_fused(query_BHND: Tensor, key_BGMD: Tensor, slot_key_BGSD: Tensor, layout: BlockLayout) -> bool:
+    """Half precision on a GPU, where PyTorch has kernels that keep no scores, and a mask that is narrow and well used.
+
+    The mask is as wide as all slots and a window: far past the view most slots are out of sight of most queries, and
+    without slots a window over a long row would make it N by N.
+    """
+    half = query_BHND.dtype in (torch.bfloat16, torch.float16) and query_BHND.shape[-1] % 8 == 0
+    slots, in_view = slot_key_BGSD.shape[2], layout.visible_blocks * layout.slots_per_block
+    narrow = slots + min(layout.window_size, key_BGMD.shape[2]) <= WIDEST_FUSED
+    return query_BHND.is_cuda and half and narrow and slots <= 2 * in_view
+
+
+def attend_blocks_fused(
+    query_BHND: Tensor,
+    key_BGMD: Tensor,
+    value_BGMD: Tensor,
+    slot_key_BGSD: Tensor,
+    slot_value_BGSD: Tensor,
+    layout: BlockLayout,
+    first_block_BC: Tensor | None = None,
+) -> Tensor:
+    """What :func:`attend_blocks` computes, as ONE call of PyTorch's fused attention whose batch is chunks of queries.
+
+    The keys of a chunk are all slots, the tokens that its window reaches back to, and its own tokens; a mask, the same
+    for all heads, and for all rows that are not packed, tells each query which of them it sees.
+
+    Cost: time O(B·H·N·(S + C + w)·D) for chunks of C queries; memory O(B·G·N·D·(S + C + w) / C) for copies of keys and
+        values and O(N·(S + C + w)) for the mask, kept for the backward pass.
+    Invariants: those of :func:`attend_blocks`. A chunk's part of a gradient has the dtype of the call; parts are summed
+        in float32 at least, or are two. On a GPU, gradients of two runs may differ in the last bits (PyTorch's fused
+        backward passes add in any order) unless ``torch.use_deterministic_algorithms(True)`` is set.
+    """
+    batch, heads, tokens, _ = query_BHND.shape
+    groups, slots = key_BGMD.shape[1], slot_key_BGSD.shape[2]
+    fold = _fold(tokens, layout)
+    size, count, reach = fold
+    # Chunks times rows are the batch where rows have masks of their own; else rows count as heads, which share a mask.
+    chunk_dim, merged = (0, (1, 2)) if first_block_BC is None else (1, (0, 1))
+
+    query = F.pad(query_BHND, (0, 0, 0, count * size - tokens)) if count * size > tokens else query_BHND
+    query = query.unflatten(2, (count, size)).unflatten(1, (groups, heads // groups)).movedim(3, chunk_dim)
+    query = query.flatten(3, 4).flatten(*merged)  # the query heads of a group are more rows of it
+    joined = []
+    for slot_states, states in ((slot_key_BGSD, key_BGMD), (slot_value_BGSD, value_BGMD)):
+        shared = slot_states[:, :, None].expand(-1, -1, count, -1, -1)
+        filling = states.new_zeros(1).expand(*shared.shape[:3], -(slots + reach + size) % KEY_TILE, states.shape[-1])
+        pieces = (shared, *_windows(states, layout.past_tokens, fold), filling)
+        joined.append(torch.cat([piece.movedim(2, chunk_dim) for piece in pieces], 3).flatten(*merged))
+    keys, values = joined
+    visible = _visible_to_chunks(fold, slots, layout, first_block_BC, batch, query.device)
+    visible = F.pad(visible, (0, keys.shape[2] - visible.shape[-1])).repeat(1, heads // groups, 1)[:, None]
+    with exact(query.device):
+        output = F.scaled_dot_product_attention(query, keys, values, attn_mask=visible)
+
+    output = output.unflatten(merged[0], (batch, groups) if chunk_dim == 0 else (batch, count)).movedim(chunk_dim, 1)
+    output_BCPGJD = output.unflatten(3, (heads // groups, size)).permute(0, 1, 4, 2, 3, 5)
+    return output_BCPGJD.reshape(batch, count * size, heads, -1)[:, :tokens].transpose(1, 2)
+
+
+class _Fold(NamedTuple):
+    """Queries of a chunk, whole blocks; number of chunks; tokens before a chunk that its queries reach back to."""
+
+    size: int
+    count: int
+    reach: int
+
+
+def _fold(tokens: int, layout: BlockLayout) -> _Fold:
+    """How :func:`attend_blocks_fused` cuts a row."""
+    b, seen = layout.block_size, layout.visible_blocks * layout.slots_per_block + layout.window_size
+    size = -(-max(CHUNK_FUSED, seen // CHUNKS_IN_VIEW) // b) * b
+    if tokens <= 2 * size:  # one chunk: nothing is copied
+        size = -(-tokens // b) * b
+    # Counted one by one, so that torch.compile takes the length for a constant: with symbols it works for minutes.
+    count = len(list(range(0, tokens, size)))
+    return _Fold(size, count, min(layout.window_size - 1, layout.past_tokens + (count - 1) * size))
+
+
+def _windows(states_BGMD: Tensor, past: int, fold: _Fold) -> list[Tensor]:
+    """For every chunk its own rows and the ``reach`` rows before them, in pieces [B, G, chunks, rows, D].
+
+    Args:
+        past: rows before the first chunk.
+    """
+    size, count, reach = fold
+    behind, before = -(-past // size), -(-reach // size)  # chunks, the first of them in part
+    dtype = states_BGMD.dtype
+    if before > 1:  # a row stands in more than two chunks, whose gradients are summed in this dtype
+        states_BGMD = states_BGMD.to(_accumulate_in(dtype))
+    missing = (behind * size - past, count * size - (states_BGMD.shape[2] - past))
+    rows = F.pad(states_BGMD, (0, 0, *missing)) if any(missing) else states_BGMD
+    chunks = rows.unflatten(2, (behind + count, size))
+    pieces = []
+    for ago in range(before, 0, -1):
+        seen = chunks[:, :, :, before * size - reach :] if ago == before else chunks
+        pieces.append(F.pad(seen, (0, 0, 0, 0, ago - behind, -ago)))  # later by `ago` chunks; negative padding cuts
+    return [piece.to(dtype) for piece in (*pieces, chunks[:, :, behind:])]
+
+
+def _visible_to_chunks(
+    fold: _Fold, slots: int, layout: BlockLayout, first_block_BC: Tensor | None, batch: int, device: torch.device
+) -> Tensor:
+    """Which keys each query of a chunk sees, [chunks, C, S + reach + C], or [B * chunks, ...] for packed rows.
+
+    Every query sees something, itself, padding behind the row too: no softmax is over nothing.
+    """
+    b, r, w = layout.block_size, layout.slots_per_block, layout.window_size
+    query = torch.arange(fold.count * fold.size, device=device).view(fold.count, fold.size)
+    slot_block = torch.arange(slots, device=device) // max(r, 1) - layout.past_blocks
+    token = query[:, None, :1] + torch.arange(-fold.reach, fold.size, device=device)
+    first = None
+    if first_block_BC is not None:
+        block = (query // b).clamp(max=first_block_BC.shape[1] - 1)
+        first = first_block_BC.expand(batch, -1)[:, block]
+    slot_seen = visible_slots(query, slot_block, b, layout.visible_blocks, first)
+    token_seen = visible_tokens(query, token, b, w, first) & (token >= -layout.past_tokens)
+    visible = torch.cat((slot_seen, token_seen), -1)
+    return visible if first is None else visible.flatten(0, 1)
 
 
 class _AttendBlocks(torch.autograd.Function):

@@ -207,3 +207,11 @@ class Overflowing(NamedBatches):
         if self.state.global_step == 5:
             next(model.parameters()).grad[0, 0] = float("inf")
         return loss
+
+
+class BrokenWeight(transformers.TrainerCallback):
+    """A weight is NaN after a step whose loss and gradient were finite."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 6:
+            next(model.parameters()).data[0, 0] = float("nan")

@@ -11,6 +11,7 @@ from linpass import attention_linformer as attention
 from linpass.attention_linformer import (
     BlockLayout,
     attend_blocks,
+    attend_blocks_fused,
     attend_blocks_reference,
     attend_visible,
     continued_grid,
@@ -51,16 +52,19 @@ def values_and_gradients(function, tensors, *args, weight=None):
 
 
 NAMES = ["query", "key", "value", "slot_key", "slot_value"]
+both = pytest.mark.parametrize("attend", [attend_blocks, attend_blocks_fused])
 
 
+@both
 @pytest.mark.parametrize("tokens", [1, 7, 8, 9, 63, 64, 100])
 @pytest.mark.parametrize(("slots_per_block", "visible"), [(0, 0), (1, 4), (2, 4), (2, 99), (8, 2)])
 @pytest.mark.parametrize("past", [False, True])
-def test_chunks_equal_reference_with_every_gradient(tokens, slots_per_block, visible, past, monkeypatch):
-    monkeypatch.setattr(attention, "CHUNK_CPU", 20)  # not a multiple of the block: chunks end inside blocks
+def test_chunks_equal_reference_with_every_gradient(attend, tokens, slots_per_block, visible, past, monkeypatch):
+    for size in ("CHUNK_CPU", "CHUNK_FUSED"):
+        monkeypatch.setattr(attention, size, 20)  # not a multiple of the block: chunks end inside blocks
     tensors, layout = random_case(tokens, slots_per_block=slots_per_block, visible=visible, past=past)
     first_block = torch.tensor([[-1], [-3]]).expand(-1, -(-tokens // 8)) if past else None
-    fast, fast_gradients = values_and_gradients(attend_blocks, tensors, layout, first_block)
+    fast, fast_gradients = values_and_gradients(attend, tensors, layout, first_block)
     slow, slow_gradients = values_and_gradients(attend_blocks_reference, tensors, layout, first_block)
     assert (fast - slow).abs().max() < ORACLE
     for name, got, expected in zip(NAMES, fast_gradients, slow_gradients, strict=True):
@@ -68,11 +72,28 @@ def test_chunks_equal_reference_with_every_gradient(tokens, slots_per_block, vis
         assert got.numel() == 0 or (got - expected).abs().max() < ORACLE, name
 
 
+@both
+@pytest.mark.parametrize("one_mask", [False, True])
+def test_packed_documents_see_themselves_alone(attend, one_mask, monkeypatch):
+    """Documents of 3, 1 and 4 blocks in one row, of 8 in the other; or the same documents in both."""
+    for size in ("CHUNK_CPU", "CHUNK_FUSED"):
+        monkeypatch.setattr(attention, size, 16)
+    tensors, layout = random_case(61, visible=99)
+    first_block = torch.tensor([[0, 0, 0, 3, 4, 4, 4, 4], [0] * 8])
+    first_block = first_block[:1] if one_mask else first_block
+    fast, fast_gradients = values_and_gradients(attend, tensors, layout, first_block)
+    slow, slow_gradients = values_and_gradients(attend_blocks_reference, tensors, layout, first_block)
+    assert (fast - slow).abs().max() < ORACLE
+    for name, got, expected in zip(NAMES, fast_gradients, slow_gradients, strict=True):
+        assert (got - expected).abs().max() < ORACLE, name
+
+
+@both
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_low_precision_is_within_the_table(dtype):
+def test_low_precision_is_within_the_table(attend, dtype):
     tensors, layout = random_case(300, window=40, block=16, dim=32, visible=8)
     tensors = [tensor.to(dtype) for tensor in tensors]
-    fast, fast_gradients = values_and_gradients(attend_blocks, tensors, layout)
+    fast, fast_gradients = values_and_gradients(attend, tensors, layout)
     truth, true_gradients = values_and_gradients(attend_blocks_reference, [t.double() for t in tensors], layout)
     assert fast.dtype == dtype
     assert relative_error(fast, truth) < VALUE[dtype]
@@ -81,16 +102,55 @@ def test_low_precision_is_within_the_table(dtype):
         assert relative_error(got, expected) < GRADIENT[dtype], name
 
 
-def test_numerical_gradient():
+@both
+def test_sums_over_many_chunks_keep_their_precision(attend, monkeypatch):
+    """A slot is seen from 64 chunks, a token from 33: summed one by one in bfloat16 the error is 6e-3, not 2e-3."""
+    for size in ("CHUNK_CPU", "CHUNK_FUSED"):
+        monkeypatch.setattr(attention, size, 8)
+    monkeypatch.setattr(attention, "CHUNKS_IN_VIEW", 999)  # or chunks grow with the window
+    tensors, layout = random_case(512, window=257, slots_per_block=1, visible=99)
+    tensors, weight = [tensor.bfloat16() for tensor in tensors], torch.ones(2, 4, 512, 8)
+    _, gradients = values_and_gradients(attend, tensors, layout, weight=weight)
+    _, expected = values_and_gradients(attend_blocks_reference, [t.double() for t in tensors], layout, weight=weight)
+    for name, got, wanted in zip(NAMES[1:], gradients[1:], expected[1:], strict=True):
+        assert relative_error(got, wanted) < 4e-3, name
+
+
+@both
+def test_numerical_gradient(attend):
     tensors, layout = random_case(19, batch=1, heads=2, groups=1, dim=3)
     leaves = [tensor.requires_grad_() for tensor in tensors]
-    assert torch.autograd.gradcheck(lambda *t: attend_blocks(*t, layout), leaves)
+    assert torch.autograd.gradcheck(lambda *t: attend(*t, layout), leaves)
 
 
-def test_two_runs_are_identical():
+@both
+def test_nothing_of_the_future_enters(attend, monkeypatch):
+    """Exact zeros, and equal bits, across the borders of blocks and chunks."""
+    for size in ("CHUNK_CPU", "CHUNK_FUSED"):
+        monkeypatch.setattr(attention, size, 16)
+    (query, key, value, *_), layout = random_case(53, visible=99)
+    weight = torch.rand(1, 1, 8, 2, dtype=torch.float64)
+    states = torch.stack((query[:, :2], key, value)).requires_grad_()
+
+    def forward(states):
+        query, key, value = states
+        return attend(query, key, value, mix_blocks(key, weight), mix_blocks(value, weight), layout)
+
+    output = forward(states)
+    for t in (0, 6, 7, 8, 15, 16, 31, 40, 47, 52):
+        (gradient,) = torch.autograd.grad(output[:, :, t].sum(), states, retain_graph=True)
+        assert not gradient[:, :, :, t + 1 :].any()
+        assert gradient[2, :, :, : t + 1].any(-1).all()
+        changed = states.detach().clone()
+        changed[:, :, :, t + 1 :] += 1
+        assert torch.equal(forward(changed)[:, :, : t + 1], output[:, :, : t + 1])
+
+
+@both
+def test_two_runs_are_identical(attend):
     tensors, layout = random_case(100)
-    first, first_gradients = values_and_gradients(attend_blocks, tensors, layout)
-    again, again_gradients = values_and_gradients(attend_blocks, tensors, layout)
+    first, first_gradients = values_and_gradients(attend, tensors, layout)
+    again, again_gradients = values_and_gradients(attend, tensors, layout)
     assert torch.equal(first, again)
     assert all(torch.equal(a, b) for a, b in zip(first_gradients, again_gradients, strict=True))
 
@@ -116,10 +176,46 @@ def test_no_score_is_kept_for_the_backward_pass():
     assert sum(saved) <= sum(t.numel() for t in tensors)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_fused_call_keeps_copies_of_the_keys_and_one_mask_for_all_heads(packed, monkeypatch):
+    """Saved for backward: what `attend_blocks_fused` says under Cost, and no score."""
+    monkeypatch.setattr(attention, "CHUNK_FUSED", 64)
+    tensors, layout = random_case(256, batch=3, heads=16, groups=16, window=64, block=16, visible=16)
+    saved = {}
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+
+    def remember(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    first_block = torch.zeros(3, 16, dtype=torch.long) if packed else None
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda t: t):
+        attend_blocks_fused(*leaves, layout, first_block)
+    keys = 256  # 32 slots, 63 tokens before, 64 of the chunk, filled up
+    elements = 2 * 3 * 16 * 4 * keys * 8  # keys and values of 4 chunks
+    elements += 2 * 3 * 16 * 256 * 8 + 3 * 16 * 256  # queries, output, logsumexp
+    elements += (3 if packed else 1) * 256 * keys
+    assert sum(saved.values()) <= 8 * elements
+
+
+@pytest.mark.parametrize("past", [False, True])
+def test_the_fused_call_compiles_into_one_graph(past, monkeypatch):
+    monkeypatch.setattr(attention, "CHUNK_FUSED", 16)
+    tensors, layout = random_case(50, past=past)
+    first_block = torch.tensor([[-1], [-3]]).expand(-1, 7) if past else None
+    compiled = torch.compile(attend_blocks_fused, backend="aot_eager", fullgraph=True, dynamic=False)
+    fast, fast_gradients = values_and_gradients(compiled, tensors, layout, first_block)
+    slow, slow_gradients = values_and_gradients(attend_blocks_reference, tensors, layout, first_block)
+    assert (fast - slow).abs().max() < ORACLE
+    for name, got, expected in zip(NAMES, fast_gradients, slow_gradients, strict=True):
+        assert (got - expected).abs().max() < ORACLE, name
+
+
+@both
 @pytest.mark.parametrize("window", [40, 64])
-def test_no_slots_and_a_wide_window_is_ordinary_causal_attention(window):
+def test_no_slots_and_a_wide_window_is_ordinary_causal_attention(attend, window):
     (query, key, value, slot_key, slot_value), layout = random_case(40, window=window, slots_per_block=0, visible=0)
-    fast, gradients = values_and_gradients(attend_blocks, [query, key, value, slot_key, slot_value], layout)
+    fast, gradients = values_and_gradients(attend, [query, key, value, slot_key, slot_value], layout)
 
     def sdpa(query, key, value):
         return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
@@ -224,11 +320,12 @@ def test_packed_grid_refuses_what_does_not_stand_on_blocks(documents, mask):
         packed_grid(torch.tensor([documents]), 4, torch.tensor([mask]) == 1)
 
 
-def test_autocast_leaves_the_softmax_alone():
+@both
+def test_autocast_leaves_the_softmax_alone(attend):
     tensors, layout = random_case(64)
     tensors = [tensor.float() for tensor in tensors]
-    plain, gradients = values_and_gradients(attend_blocks, tensors, layout)
+    plain, gradients = values_and_gradients(attend, tensors, layout)
     with torch.autocast("cpu", torch.bfloat16):
-        mixed, mixed_gradients = values_and_gradients(attend_blocks, tensors, layout)
+        mixed, mixed_gradients = values_and_gradients(attend, tensors, layout)
     assert torch.equal(plain, mixed)
     assert all(torch.equal(a, b) for a, b in zip(gradients, mixed_gradients, strict=True))

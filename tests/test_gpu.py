@@ -7,7 +7,13 @@ import torch
 from tolerances import CACHE, GRADIENT, ORACLE, VALUE, relative_error
 
 from linpass import LinformerConfig, LinformerForCausalLM, LinformerForMaskedLM
-from linpass.attention_linformer import BlockLayout, attend_blocks, attend_blocks_reference, mix_blocks
+from linpass.attention_linformer import (
+    BlockLayout,
+    attend_blocks,
+    attend_blocks_fused,
+    attend_blocks_reference,
+    mix_blocks,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -53,10 +59,75 @@ def test_attention_is_within_the_table(tokens, dtype, device):
         assert relative_error(leaf.grad, expected.grad) < GRADIENT[dtype], name
 
 
+@pytest.mark.parametrize("groups", [8, 2, 1])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("tokens", [64, 333, 1000])
+def test_packed_rows_and_shared_heads_are_within_the_table(tokens, packed, groups, device):
+    (query, *tensors), layout = attention_call(tokens, torch.bfloat16, device)
+    tensors = [query, *(tensor[:, :groups].contiguous() for tensor in tensors)]
+    first_block = None
+    if packed:
+        block = torch.arange(-(-tokens // layout.block_size), device=device)
+        first_block = torch.stack((block // 3 * 3, torch.zeros_like(block)))
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    truths = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    output = attend_blocks(*leaves, layout, first_block)
+    truth = attend_blocks_reference(*truths, layout, first_block)[0]
+    weight = torch.randn_like(truth).bfloat16()
+    output.backward(weight)
+    truth.backward(weight.double())
+    assert relative_error(output, truth) < VALUE[torch.bfloat16]
+    for name, leaf, expected in zip(("q", "k", "v", "slot k", "slot v"), leaves, truths, strict=True):
+        assert relative_error(leaf.grad, expected.grad) < GRADIENT[torch.bfloat16], name
+
+
+def test_very_negative_scores_are_numbers(device):
+    """All scores near -120: where a kernel scores keys that are not there as 0, its exponentials overflow."""
+    tensors, layout = attention_call(704, torch.float64, device)
+    tensors = [tensor * 0.1 for tensor in tensors]
+    tensors[0][..., 0] = 1
+    for key in (tensors[1], tensors[3]):
+        key[..., 0] = -120 * key.shape[-1] ** 0.5
+    leaves = [tensor.bfloat16().requires_grad_() for tensor in tensors]
+    output = attend_blocks(*leaves, layout)
+    output.backward(torch.randn_like(output))
+    for name, leaf in zip(("q", "k", "v", "slot k", "slot v"), leaves, strict=True):
+        assert leaf.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_no_gradient_by_a_later_token(dtype, device):
+    tensors, layout = attention_call(700, dtype, device, block=32)
+    states = torch.stack(tensors[:3]).requires_grad_()
+    weight = torch.rand(1, 1, 32, 4, device=device, dtype=dtype) / 32
+    query, key, value = states
+    output = attend_blocks(query, key, value, mix_blocks(key, weight), mix_blocks(value, weight), layout)
+    for t in (0, 30, 31, 32, 255, 256, 300, 511, 512, 698):
+        (gradient,) = torch.autograd.grad(output[:, :, t].float().sum(), states, retain_graph=True)
+        assert not gradient[:, :, :, t + 1 :].any()
+        assert gradient[2, :, :, : t + 1].any()
+
+
+def test_deterministic_algorithms_give_the_same_bits(device):
+    tensors, layout = attention_call(2048, torch.bfloat16, device)
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    runs = []
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(3):
+            output = attend_blocks_fused(*leaves, layout)
+            runs.append([output, *torch.autograd.grad(output, leaves, output.detach())])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for again in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
+
+
 def test_memory_is_linear(device):
+    """With k = 1024 slots at both lengths."""
     peaks = []
-    for tokens in (16384, 32768):
-        tensors, layout = attention_call(tokens, torch.bfloat16, device)
+    for tokens, slots_per_block in ((16384, 4), (32768, 2)):
+        tensors, layout = attention_call(tokens, torch.bfloat16, device, slots_per_block=slots_per_block)
         leaves = [tensor.requires_grad_() for tensor in tensors]
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -15,6 +15,7 @@ import torch
 import transformers
 from checkpoint_run import (
     STEPS,
+    BrokenWeight,
     Interrupted,
     Overflowing,
     Poisoned,
@@ -51,18 +52,23 @@ def outcome(tmp_path, rank=0):
     return json.loads((tmp_path / f"result.{rank}").read_text())
 
 
+def wait_for(processes):
+    """Exit statuses; processes that wait for each other are ended after two minutes, and theirs is not 0."""
+    deadline = time.monotonic() + 120
+    for process in processes:
+        process.join(max(deadline - time.monotonic(), 0))
+        process.kill()
+        process.join()
+    return [process.exitcode for process in processes]
+
+
 def run(tmp_path, **keywords):
     """Exit status of a run whose checkpoints are in tmp_path/run."""
-    process = start(train, tmp_path / "run", tmp_path / "result", **keywords)
-    process.join(60)
-    return process.exitcode
+    return wait_for([start(train, tmp_path / "run", tmp_path / "result", **keywords)])[0]
 
 
 def run_together(tmp_path, **keywords):
-    processes = start_together(2, train, tmp_path / "run", tmp_path / "result", **keywords)
-    for process in processes:
-        process.join(60)
-    return [process.exitcode for process in processes]
+    return wait_for(start_together(2, train, tmp_path / "run", tmp_path / "result", **keywords))
 
 
 def steps(folder):
@@ -103,7 +109,6 @@ KILLED = {
     "first file": partial(kill_at, "open", ".incomplete/checkpoint-6/config.json"),
     "in the optimizer": partial(kill_inside_torch_save, "checkpoint-6/optimizer.pt"),
     "generator states": partial(kill_at, "open", "checkpoint-6/running_loss_0.json"),
-    "trainer state": partial(kill_at, "open", "checkpoint-6/trainer_state.json"),
     "no manifest": partial(kill_at, "open", "checkpoint-6/manifest.json"),
     "before the rename": partial(kill_at, "os.rename", ".incomplete/checkpoint-6"),
     "before the rotation": partial(kill_at, "os.rename", "run/checkpoint-3"),
@@ -417,7 +422,7 @@ def test_every_kind_of_difference(tiny_config, tmp_path):
 
 def test_what_may_differ_are_real_fields():
     known = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
-    own = {"checkpoint_dir", "resume"}
+    own = {"checkpoint_dir", "plot_scale", "plot_steps", "resume", "sample_prompts", "sample_steps"}
     newer = {"activation_checkpointing", "activation_checkpointing_kwargs"}  # transformers 5.2x
     assert known | own | newer >= checkpoints.MAY_DIFFER
     assert not checkpoints.MAY_DIFFER & {"learning_rate", "seed", "optim", "num_train_epochs", "bf16", "fsdp"}
@@ -452,6 +457,15 @@ def test_an_infinite_gradient_is_not_saved(tmp_path):
     assert run(tmp_path, trainer=Overflowing) == 0
     assert "DivergedError: step 6: the gradient norm is not finite" in outcome(tmp_path)["error"]
     assert "batch 10 (documents of epoch 0, batch 10) has loss 1." in outcome(tmp_path)["error"]
+    assert steps(tmp_path / "run") == [3]
+
+
+def test_a_weight_that_is_not_finite_is_not_saved(tmp_path):
+    assert run(tmp_path, callbacks=[BrokenWeight()]) == 0
+    assert outcome(tmp_path)["error"] == (
+        f"DivergedError: step 6: a weight is not finite; the last complete checkpoint is "
+        f"'{tmp_path / 'run/checkpoint-3'}'"
+    )
     assert steps(tmp_path / "run") == [3]
 
 

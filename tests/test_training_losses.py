@@ -173,6 +173,20 @@ def test_autocast_casts_as_linear_does(implementation, dtype):
         assert (a - b).norm() < 1.5e-2 * b.norm()
 
 
+def test_a_head_filled_up_to_aligned_rows_is_the_same_head():
+    hidden_ND = torch.randn(20, 8, dtype=torch.float64, requires_grad=True)
+    weight_VD = torch.randn(101, 8, dtype=torch.float64, requires_grad=True)
+    target_N = torch.randint(0, 101, (20,))
+    padded_VD, bias_V = losses._with_aligned_ids(weight_VD)
+    assert len(padded_VD) == 128
+    filled = F.cross_entropy(F.linear(hidden_ND, padded_VD, bias_V), target_N)
+    truth = F.cross_entropy(F.linear(hidden_ND, weight_VD), target_N)
+    assert filled.item() == pytest.approx(truth.item(), rel=1e-14)
+    for ours, theirs in zip(*(torch.autograd.grad(x, (hidden_ND, weight_VD)) for x in (filled, truth)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-14)
+    assert losses._with_aligned_ids(padded_VD) == (padded_VD, None)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("implementation", ["liger", "auto", "checkpoint"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

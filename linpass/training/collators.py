@@ -160,11 +160,16 @@ class DynamicChunkingCollator(TrainerCallback):
     ) -> tuple[NDArray, NDArray]:
         """Inputs and labels of a chunk, each [tokens]; ``draw`` is None where nothing is random (validation)."""
         start, end = span
-        clean = np.asarray(input_ids[start:end], dtype=np.int64)
-        generator = self._generator(draw or (0, start, end))
-        if self.objective == "masked":
-            return self._mask(self._noised(clean, generator)[1] if draw else clean, generator)
-        kept, noised = self._noised(clean, generator) if draw else (np.arange(len(clean)), clean)
+        clean = noised = np.asarray(input_ids[start:end], dtype=np.int64)
+        kept = np.arange(len(clean))
+        noisy = draw is not None and (self.deletion_probability or self.swap_probability)
+        if noisy or self.objective == "masked":
+            generator = self._generator(draw or (0, start, end))
+            if noisy:
+                kept = self._survivors(len(clean), generator)
+                noised = clean[kept]
+            if self.objective == "masked":
+                return self._mask(noised, generator)
         labels = np.full_like(noised, IGNORED)
         if self.noise_target == "clean":
             after = np.full(len(clean), IGNORED, dtype=np.int64)  # nothing comes after the document's last token
@@ -178,11 +183,11 @@ class DynamicChunkingCollator(TrainerCallback):
     def _generator(self, key: tuple[int, int, int]) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(key=int(draw(self.seed + 1, *key))))
 
-    def _noised(self, clean: NDArray, generator: np.random.Generator) -> tuple[NDArray, NDArray]:
-        """Where the tokens of the noised chunk stand in the clean one, and the tokens; one is always left."""
-        kept = np.arange(len(clean))
+    def _survivors(self, length: int, generator: np.random.Generator) -> NDArray:
+        """Where the tokens of the noised chunk stand in the clean one; one is always left."""
+        kept = np.arange(length)
         if self.deletion_probability:
-            stays = generator.random(len(kept)) >= self.deletion_probability
+            stays = generator.random(length) >= self.deletion_probability
             kept = kept[stays] if stays.any() else kept[:1]
         if self.swap_probability:
             swaps = generator.random(len(kept) - 1) < self.swap_probability
@@ -191,7 +196,7 @@ class DynamicChunkingCollator(TrainerCallback):
                 if place > last + 1:  # a token is moved once
                     kept[[place, place + 1]] = kept[[place + 1, place]]
                     last = place
-        return kept, clean[kept]
+        return kept
 
     def _mask(self, tokens: NDArray, generator: np.random.Generator) -> tuple[NDArray, NDArray]:
         chosen = (generator.random(len(tokens)) < self.mask_probability) & ~np.isin(tokens, self.special_ids)

@@ -20,6 +20,9 @@ REDUCTIONS = ("mean", "sum", "none")
 # Logits that exist at one time, 268 MB in float32: matrix products that fill a GPU, little beside 48 * 512 * 50257.
 LOGITS_PER_CHUNK = 2**26
 HALF = (torch.bfloat16, torch.float16)
+# Logits whose rows are a multiple of this long are aligned; for GPT-2's 50,257 ids cuBLAS falls back to kernels for the
+# GPUs of 2018, at a third of the speed on an H200.
+ALIGNED_IDS, NEVER = 64, -1e30
 
 
 # A compiler that traced into this would be free to keep every chunk; a graph break is the price of small memory.
@@ -124,6 +127,7 @@ def _checkpoint_loss(hidden_ND, weight_VD, target_N, reduction, smoothing, ignor
 
 def _torch_loss(hidden_ND, weight_VD, target_N, reduction, smoothing, ignore_index) -> Tensor:
     half = hidden_ND.dtype in HALF
+    padded_VD, bias_V = _with_aligned_ids(weight_VD) if half and weight_VD.is_cuda else (weight_VD, None)
     options = nn.LinearCrossEntropyOptions(  # pyright: ignore[reportAttributeAccessIssue]
         batch_chunk_size=_rows_per_chunk(weight_VD),
         acc_policy="balanced" if hidden_ND.is_cuda else "accurate",
@@ -131,8 +135,9 @@ def _torch_loss(hidden_ND, weight_VD, target_N, reduction, smoothing, ignore_ind
     )
     loss = F.linear_cross_entropy(  # pyright: ignore[reportAttributeAccessIssue]
         hidden_ND,
-        weight_VD,
+        padded_VD,
         target_N,
+        linear_bias=bias_V,
         reduction="none" if half else reduction,
         ignore_index=ignore_index,
         options=options,
@@ -159,11 +164,25 @@ def _smoothing_term(hidden_ND, weight_VD, target_N, reduction, ignore_index) -> 
 def _liger_loss(hidden_ND, weight_VD, target_N, reduction, smoothing, ignore_index) -> Tensor:
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
-    bias = class_weight = softcap = None
-    return LigerFusedLinearCrossEntropyFunction.apply(
-        *(hidden_ND, weight_VD, target_N, bias, class_weight, ignore_index),
-        *(0.0, smoothing, reduction, softcap, False, torch.float32),
+    padded_VD, bias_V = _with_aligned_ids(weight_VD)
+    class_weight = softcap = None
+    loss = LigerFusedLinearCrossEntropyFunction.apply(
+        *(hidden_ND, padded_VD, target_N, bias_V, class_weight, ignore_index),
+        *(0.0, 0.0, reduction, softcap, False, torch.float32),
     )[0]
+    if smoothing:  # its own would spread over the filling too
+        loss = loss + smoothing * _smoothing_term(hidden_ND, weight_VD, target_N, reduction, ignore_index)
+    return loss
+
+
+def _with_aligned_ids(weight_VD: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The head filled up to a multiple of ALIGNED_IDS, and the bias that gives the filling the probability 0."""
+    missing = -len(weight_VD) % ALIGNED_IDS
+    if not missing:
+        return weight_VD, None
+    bias_V = weight_VD.new_zeros(len(weight_VD) + missing)
+    bias_V[-missing:] = NEVER
+    return F.pad(weight_VD, (0, 0, 0, missing)), bias_V
 
 
 def _rows_per_chunk(weight_VD: Tensor) -> int:

@@ -51,8 +51,8 @@ class TokenStore(Sequence[NDArray]):
         return len(self.ends)
 
     def __getitem__(self, index: Any) -> NDArray:
-        start = self.ends[index - 1] if index else 0
-        return self.ids[start : self.ends[index]]
+        start = int(self.ends[index - 1]) if index else 0
+        return self.ids[start : int(self.ends[index])]
 
 
 class TokenDocuments(Sequence[NDArray]):
@@ -83,7 +83,7 @@ class TokenDocuments(Sequence[NDArray]):
         return len(self.end)
 
     def __getitem__(self, index: Any) -> NDArray:
-        return self.stores[self.store[index]].ids[self.start[index] : self.end[index]]
+        return self.stores[self.store[index]].ids[int(self.start[index]) : int(self.end[index])]
 
     def select(self, chosen: NDArray) -> "TokenDocuments":
         """The documents with these numbers, or where a mask [D] is True."""

@@ -207,7 +207,8 @@ def build_trainer(run: Run, model: Any, data: PreparedData) -> LanguageModelTrai
         pad_to_multiple_of=seq_length if arguments.torch_compile else 64,  # one shape compiles once
         seed=seed,
     )
-    borders = ChunkBorders(seq_length, chunks.chunks_per_document, seed)
+    most: Any = chunks.chunks_per_document  # a number or None once it has been read
+    borders = ChunkBorders(seq_length, most, seed)
     train_set = ChunkDataset(data.train, borders, data.train.lengths)
     validation_set = ChunkDataset(data.validation, borders, data.validation.lengths, random=False)
     for part, dataset in (("training", train_set), ("validation", validation_set)):

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, StateDictType
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.trainer_utils import speed_metrics
@@ -58,6 +59,9 @@ class LanguageModelTrainer(CrashSafeTrainer):
         if self.train_sampler is not None:  # planning packed epochs takes time
             return self.train_sampler
         dataset: Any = train_dataset if train_dataset is not None else self.train_dataset
+        # The sampler's numbers hold their epoch; accelerate, with one process only, tells the dataset too, which would
+        # add both.
+        dataset.set_epoch = _leave_epoch
         arguments = self.args
         rows = self._train_batch_size * arguments.world_size
         options = {"pack_block": self.pack_block, "corpus": self.corpus, "weights": self.mixing_weights}
@@ -80,6 +84,7 @@ class LanguageModelTrainer(CrashSafeTrainer):
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
+            generator=torch.Generator(),  # its own: an evaluation must not move the generator that dropout draws from
         )
         return self.accelerator.prepare(loader)
 
@@ -140,6 +145,30 @@ class LanguageModelTrainer(CrashSafeTrainer):
             self._waited, self._since = 0.0, now
         super().log(logs, *arguments, **keywords)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save what ``from_pretrained`` loads; with FSDP the whole weights, also where checkpoints hold shards."""
+        if _internal_call or not self.is_fsdp_enabled:  # the former is a checkpoint
+            super().save_model(output_dir, _internal_call)
+            return
+        plugin: Any = self.accelerator.state.fsdp_plugin
+        kind, plugin.state_dict_type = plugin.state_dict_type, StateDictType.FULL_STATE_DICT
+        try:
+            super().save_model(output_dir)
+        finally:
+            plugin.state_dict_type = kind
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        model: Any = self.model
+        kind = type(model)
+        if state_dict is not None:  # gathered from all processes, where tied weights have become copies
+            state_dict = {key: value for key, value in state_dict.items() if key not in model.all_tied_weights_keys}
+        if isinstance(model, FSDPModule):  # a class that torch made; the folder would get torch's code and its name
+            model.__class__ = kind.__bases__[-1]
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            model.__class__ = kind
+
     def describe_batch(self, epoch: int, batch: int) -> str:
         if self.train_sampler is None or not isinstance(self.train_dataset, ChunkDataset):
             return ""
@@ -149,6 +178,10 @@ class LanguageModelTrainer(CrashSafeTrainer):
         _epoch, documents, chunks = self.train_dataset.locate(numbers)
         places = [f"{document} (chunk {chunk})" for document, chunk in zip(documents, chunks, strict=True)]
         return f"training documents {', '.join(places)}"
+
+
+def _leave_epoch(epoch: int) -> None:
+    """In the place of a dataset's ``set_epoch``."""
 
 
 class _SamplerEpoch(TrainerCallback):
