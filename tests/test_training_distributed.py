@@ -185,33 +185,35 @@ def test_accelerate_launch_starts_the_same_run_and_sigterm_stops_both_at_one_ste
 # -- FSDP
 
 
-@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
-def test_fsdp_trains_saves_and_resumes_as_one_process_does(kind, flags, one, tmp_path):
-    sharded = ["--fsdp", "--fsdp_config", json.dumps({"state_dict_type": kind})]
+def test_fsdp_trains_saves_and_resumes_as_one_process_does(flags, one, tmp_path):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    together(train_by_command, with_output(flags, whole, 2, *sharded), sharded=True)
+    together(train_by_command, with_output(flags, whole, 2, "--fsdp"), sharded=True)
     assert_close(whole, one)
-    checkpoint = whole / "trainer_output/model/checkpoint-4"
-    assert (checkpoint / "pytorch_model_fsdp_0").is_dir() == (kind == "SHARDED_STATE_DICT")
     checkpoint_only(resumed, whole, 4)
-    together(train_by_command, with_output(flags, resumed, 2, *sharded, "--resume"), sharded=True)
+    together(train_by_command, with_output(flags, resumed, 2, "--fsdp", "--resume"), sharded=True)
     assert_equal(resumed, whole)
 
     files = {path.name for path in (one / "model").iterdir()}
     assert {path.name for path in (whole / "model").iterdir()} == files  # the model's code, none of torch's
     assert (whole / "model/config.json").read_text() == (one / "model/config.json").read_text()
-    if kind == "FULL_STATE_DICT":
-        assert {path.name for path in checkpoint.iterdir()} >= {name for name in files if name.endswith(".py")}
+    checkpoint = whole / "trainer_output/model/checkpoint-4"
+    code = {name for name in files if name.endswith(".py")}
+    assert {path.name for path in checkpoint.glob("*.py")} == code
     ids = torch.arange(2, 50)[None]
     got, expected = (AutoModelForCausalLM.from_pretrained(folder / "model")(ids).logits for folder in (whole, one))
     assert torch.allclose(got, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_fsdp_stores_tied_weights_once(flags, tmp_path):
-    tied = ["--tie_word_embeddings", "True", "--max_steps", "1", "--save_strategy", "no", "--fsdp"]
-    together(train_by_command, with_output(flags, tmp_path, 2, *tied), sharded=True)
+def test_fsdp_saves_whole_weights_beside_checkpoints_of_shards_and_tied_ones_once(flags, tmp_path):
+    shards = ["--fsdp", "--fsdp_config", '{"state_dict_type": "SHARDED_STATE_DICT"}']
+    short = ["--max_steps", "1", "--save_steps", "1", "--tie_word_embeddings", "True"]
+    together(train_by_command, with_output(flags, tmp_path, 2, *shards, *short), sharded=True)
+    checkpoint = tmp_path / "trainer_output/model/checkpoint-1"
+    assert (checkpoint / "pytorch_model_fsdp_0").is_dir()
+    assert not (checkpoint / "model.safetensors").exists()
     assert "model.embed_tokens.weight" in weights(tmp_path)
     assert "lm_head.weight" not in weights(tmp_path)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "model")
 
 
 # -- exactly once

@@ -87,7 +87,7 @@ def test_every_chunk_once_an_epoch_and_the_last_step_is_filled(lengths, epoch, r
     sampler.set_epoch(epoch)
     rows = list(sampler)
     assert len(rows) == len(sampler) == -(-len(dataset) // rows_per_step) * rows_per_step
-    assert sorted(row[0] for row in rows if row) == [epoch * len(dataset) + chunk for chunk in range(len(dataset))]
+    assert sorted(row[0] for row in rows if row) == dataset.number(range(len(dataset)), epoch).tolist()
     assert all(not row for row in rows[len(dataset) :])  # padding stands in the last step
     epochs, documents, chunks = dataset.locate([row[0] for row in rows if row])
     assert set(epochs) == {epoch}
@@ -99,7 +99,8 @@ def test_each_epoch_has_an_order_of_its_own():
     sampler = ChunkSampler(dataset_of([100] * 50), 1, seed=0)
     orders = [[row[0] % len(sampler.dataset) for row in sampler.rows(epoch)] for epoch in (0, 1, 0)]
     assert orders[0] == orders[2] != orders[1]
-    assert [row[0] for row in ChunkSampler(sampler.dataset, shuffle=False).rows(0)] == list(range(len(sampler.dataset)))
+    in_order = [row[0] for row in ChunkSampler(sampler.dataset, shuffle=False).rows(0)]
+    assert in_order == sampler.dataset.number(range(len(sampler.dataset)), 0).tolist()
 
 
 @given(LENGTHS, st.sampled_from([1, 4, 8]), st.integers(1, 5))
@@ -111,7 +112,7 @@ def test_packed_rows_hold_every_chunk_and_fit(lengths, block, rows_per_step):
         assert len(rows) == len(sampler)
         assert len(sampler) % rows_per_step == 0
         numbers = sorted(number for row in rows for number in row)
-        assert numbers == [epoch * len(dataset) + chunk for chunk in range(len(dataset))]
+        assert numbers == dataset.number(range(len(dataset)), epoch).tolist()
         for row in rows:
             blocks = -(-dataset.chunk_lengths(list(row)) // block) if row else np.zeros(1)
             assert blocks.sum() * block <= 32
@@ -155,6 +156,7 @@ def test_a_number_is_a_chunk_and_a_sequence_ends():
     items = list(dataset)
     assert len(items) == len(dataset) == 3
     dataset.set_epoch(2)
-    assert dataset[0][0]["draw"] == dataset_of([50, 10])[2 * 3][0]["draw"] == (2, 0, 0)
+    assert dataset[0][0]["draw"] == dataset_of([50, 10])[0 + (2 + 1) * 3][0]["draw"] == (2, 0, 0)
+    assert dataset[0 + (1 + 1) * 3][0]["draw"] == (1, 0, 0)  # a number that says its epoch is not given another one
     assert dataset[()] == []
     assert dataset_of([50, 10], random=False)[1][0]["span"] == (32, 50)

@@ -51,6 +51,7 @@ class RunFacts:
     corpora: list[Corpus]
     tokens_seen: int
     validation_tokens: int
+    validation_files: list[str] = field(default_factory=list)  # names; none: held out of the corpora
     train_loss: float
     validation_loss: float
     bits_per_byte: float | None = None
@@ -168,7 +169,7 @@ def _metadata(facts: RunFacts) -> ModelCardData:
             task_type=task,
             task_name=task_name,
             dataset_type=on_hub[0] if len(on_hub) == len(facts.corpora) == 1 else "text",
-            dataset_name=f"held out of {', '.join(_line(corpus.name) for corpus in facts.corpora[:MOST_ROWS])}",
+            dataset_name=_line(_validation_text(facts)),
             metric_type=metric,
             metric_name=name,
             metric_value=value,
@@ -238,6 +239,11 @@ run = pipeline("{task}", model={source}{trust})
     )
 
 
+def _validation_text(facts: RunFacts) -> str:
+    names = facts.validation_files or [corpus.name for corpus in facts.corpora]
+    return f"{'' if facts.validation_files else 'held out of '}{', '.join(names[:MOST_ROWS])}"
+
+
 def _results(facts: RunFacts, folder: Path) -> str:
     rows = {
         "training loss, nats per token": f"{facts.train_loss:.4f}",
@@ -247,7 +253,7 @@ def _results(facts: RunFacts, folder: Path) -> str:
     if facts.bits_per_byte is not None:
         rows["validation, bits per byte"] = f"{facts.bits_per_byte:.4f}"
     rows |= {f"perplexity of a {name} model": f"{value:,.2f}" for name, value in facts.baselines.items()}
-    rows["validation tokens"] = f"{facts.validation_tokens:,}"
+    rows["validation tokens"] = f"{facts.validation_tokens:,}, {_line(_validation_text(facts))}"
     parts = [_table(rows)]
     if (folder / "training_loss_plot.png").is_file():
         parts.append("![Training and validation loss by optimizer step](training_loss_plot.png)")

@@ -25,13 +25,15 @@ class PreparedData:
     """What a run trains on.
 
     Args:
-        corpora: of each corpus its name, documents, tokens and bytes of text, validation documents included.
+        corpora: of each corpus its name, documents, tokens and bytes of text, held-out documents included.
+        validation_files: names of what is validated on; empty where documents of the corpora are held out.
     """
 
     tokenizer: PreTrainedTokenizerBase
     train: TokenDocuments
     validation: TokenDocuments
     corpora: list[dict[str, Any]]
+    validation_files: list[str]
 
     def fingerprint(self) -> dict[str, Any]:
         """What a resumed run has to find again."""
@@ -108,8 +110,9 @@ def prepare_data(
             held_out.append(stored(_files(arguments.validation_files, arguments), tokenizer, cache, quiet))
     facts = [store.facts for store in stores]
     if held_out:
-        return PreparedData(tokenizer, TokenDocuments.of(stores), TokenDocuments.of(held_out), facts)
-    return PreparedData(tokenizer, *TokenDocuments.of(stores).split(arguments.validation_fraction, seed), facts)
+        names = [Path(name).name for name in arguments.validation_files or arguments.validation_token_folders or ()]
+        return PreparedData(tokenizer, TokenDocuments.of(stores), TokenDocuments.of(held_out), facts, names)
+    return PreparedData(tokenizer, *TokenDocuments.of(stores).split(arguments.validation_fraction, seed), facts, [])
 
 
 def tokenizer_texts(corpora: Sequence[Corpus], fraction: float, seed: int) -> Iterator[str]:

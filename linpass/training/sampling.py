@@ -95,7 +95,7 @@ class ChunkDataset(torch.utils.data.Dataset):
 
     It has a length and takes whole numbers, so that every sampler and every Trainer can use it; number i is one chunk.
     :class:`ChunkSampler` asks for more: a tuple is a row of several chunks (packing), the empty tuple a row of padding,
-    and ``i + epoch * len(dataset)`` is chunk i with the borders and the noise of that epoch.
+    and ``i + (epoch + 1) * len(dataset)`` is chunk i with the borders and the noise of that epoch.
 
     Args:
         documents: a sequence of sequences of token ids; not copied.
@@ -122,14 +122,18 @@ class ChunkDataset(torch.utils.data.Dataset):
         return int(self.first[-1])
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch of the numbers less than ``len(dataset)``, for samplers that do not say it."""
+        """The epoch of the numbers less than ``len(dataset)``, which do not say theirs."""
         self.epoch = epoch
 
     def locate(self, numbers: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Epoch, document and chunk within the document, of numbers as a sampler gives them."""
-        epoch, number = np.divmod(np.asarray(numbers, dtype=np.int64), len(self))
+        turn, number = np.divmod(np.asarray(numbers, dtype=np.int64), len(self))
         document = np.searchsorted(self.first, number, side="right") - 1
-        return epoch + self.epoch, document, number - self.first[document]
+        return np.where(turn == 0, self.epoch, turn - 1), document, number - self.first[document]
+
+    def number(self, chunk: ArrayLike, epoch: int) -> NDArray[np.int64]:
+        """The numbers of chunks in an epoch, see the class."""
+        return np.asarray(chunk, dtype=np.int64) + (epoch + 1) * len(self)
 
     def chunk_lengths(self, numbers: ArrayLike) -> NDArray[np.int64]:
         """Tokens of these chunks before any noise."""
@@ -223,7 +227,7 @@ class ChunkSampler(torch.utils.data.Sampler[Row]):
         return [() if place in places else next(real) for place in range(self._length)]
 
     def _real_rows(self, epoch: int) -> list[Row]:
-        numbers = self._weighted(epoch) if self.passes else np.arange(len(self.dataset)) + epoch * len(self.dataset)
+        numbers = self._weighted(epoch) if self.passes else self.dataset.number(range(len(self.dataset)), epoch)
         if self.shuffle:
             numbers = np.random.default_rng((self.seed, epoch)).permutation(numbers)
         if self.pack_block is None:
@@ -243,7 +247,7 @@ class ChunkSampler(torch.utils.data.Sampler[Row]):
                 counts = self.dataset.counts[chosen]
                 within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
                 chunks = np.repeat(self.dataset.first[chosen], counts) + within
-                numbers.append(chunks + turn * len(self.dataset))
+                numbers.append(self.dataset.number(chunks, turn))
         return np.concatenate(numbers)
 
 

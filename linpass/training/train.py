@@ -364,6 +364,7 @@ def write_run_card(
         ],
         tokens_seen=tokens_seen,
         validation_tokens=result.validation_tokens,
+        validation_files=data.validation_files,
         train_loss=outcome.training_loss,
         validation_loss=math.log(result.perplexity),
         baselines={name: value for name, value in names.items() if value is not None},

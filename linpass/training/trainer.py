@@ -59,9 +59,6 @@ class LanguageModelTrainer(CrashSafeTrainer):
         if self.train_sampler is not None:  # planning packed epochs takes time
             return self.train_sampler
         dataset: Any = train_dataset if train_dataset is not None else self.train_dataset
-        # The sampler's numbers hold their epoch; accelerate, with one process only, tells the dataset too, which would
-        # add both.
-        dataset.set_epoch = _leave_epoch
         arguments = self.args
         rows = self._train_batch_size * arguments.world_size
         options = {"pack_block": self.pack_block, "corpus": self.corpus, "weights": self.mixing_weights}
@@ -147,15 +144,17 @@ class LanguageModelTrainer(CrashSafeTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save what ``from_pretrained`` loads; with FSDP the whole weights, also where checkpoints hold shards."""
-        if _internal_call or not self.is_fsdp_enabled:  # the former is a checkpoint
+        if _internal_call:  # for a checkpoint
             super().save_model(output_dir, _internal_call)
-            return
-        plugin: Any = self.accelerator.state.fsdp_plugin
-        kind, plugin.state_dict_type = plugin.state_dict_type, StateDictType.FULL_STATE_DICT
-        try:
+        elif not self.is_fsdp_enabled:
             super().save_model(output_dir)
-        finally:
-            plugin.state_dict_type = kind
+        else:
+            plugin: Any = self.accelerator.state.fsdp_plugin
+            kind, plugin.state_dict_type = plugin.state_dict_type, StateDictType.FULL_STATE_DICT
+            try:
+                super().save_model(output_dir)
+            finally:
+                plugin.state_dict_type = kind
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         model: Any = self.model
@@ -178,10 +177,6 @@ class LanguageModelTrainer(CrashSafeTrainer):
         _epoch, documents, chunks = self.train_dataset.locate(numbers)
         places = [f"{document} (chunk {chunk})" for document, chunk in zip(documents, chunks, strict=True)]
         return f"training documents {', '.join(places)}"
-
-
-def _leave_epoch(epoch: int) -> None:
-    """In the place of a dataset's ``set_epoch``."""
 
 
 class _SamplerEpoch(TrainerCallback):
