@@ -203,6 +203,15 @@ def test_a_run_that_was_stopped_goes_on_as_if_nothing_had_been(tmp_path, number)
     assert [step for step, _loss, _norm in losses(stopped)] == sorted({step for step, _loss, _norm in losses(stopped)})
 
 
+def test_the_numbers_are_of_the_checkpoint_that_was_best(tmp_path):
+    best = ["--load_best_model_at_end", "--eval_strategy", "steps", "--eval_steps", "10", "--save_total_limit", "2"]
+    result = debug_run(tmp_path, *SAVING[:4], *best, "--greater_is_better", "True")  # the worst, that is the first
+    entries = (json.loads(line) for line in (tmp_path / "final_model" / LOG_NAME).read_text().splitlines())
+    losses = [entry["eval_loss"] for entry in entries if "eval_loss" in entry]
+    assert math.log(result.perplexity) == pytest.approx(max(losses))
+    assert max(losses) == losses[0] > losses[-2]
+
+
 def test_resume_without_a_checkpoint_begins_at_the_beginning(tmp_path, finished, capsys):
     assert debug_run(tmp_path, "--resume") == finished[1]
     assert "this run begins at step 0" in capsys.readouterr().out

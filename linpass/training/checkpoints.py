@@ -218,7 +218,8 @@ def _sync(path: Path) -> None:
 # written and when, what is reported, how batches are brought to the device, and how a step is spread over time and
 # devices as long as global_batch_size stays.
 _MAY_DIFFER = """
-    output_dir checkpoint_dir plot_steps plot_scale sample_prompts sample_steps run_name project resume resume_from_checkpoint restore_callback_states_from_checkpoint
+    output_dir checkpoint_dir plot_steps plot_scale sample_prompts sample_steps run_name project
+    resume resume_from_checkpoint restore_callback_states_from_checkpoint
     logging_strategy logging_steps logging_first_step logging_nan_inf_filter log_level log_level_replica
     log_on_each_node disable_tqdm report_to trackio_space_id trackio_bucket_id trackio_static_space_id
     include_num_input_tokens_seen skip_memory_metrics debug include_for_metrics local_rank do_train do_eval do_predict
@@ -626,6 +627,9 @@ class CrashSafeTrainer(Trainer):
             self._reports.append(self._report_step(grad_norm))
             self._losses.clear()
         control = self.control
+        if self.stopped and self.state.epoch % 1:
+            # The Trainer takes leaving an epoch in its middle for its end.
+            control.should_evaluate = control.should_save = False
         stop = self._read_reports(control.should_log or control.should_evaluate or control.should_save)
         if stop and not self.stopped:
             self._read_reports(everything=True)

@@ -83,7 +83,7 @@ class TokenDocuments(Sequence[NDArray]):
         return len(self.end)
 
     def __getitem__(self, index: Any) -> NDArray:
-        return self.stores[self.store[index]].ids[int(self.start[index]) : int(self.end[index])]
+        return self.stores[int(self.store[index])].ids[int(self.start[index]) : int(self.end[index])]
 
     def select(self, chosen: NDArray) -> "TokenDocuments":
         """The documents with these numbers, or where a mask [D] is True."""

@@ -278,7 +278,9 @@ def where_to_start(run: Run, trainer: LanguageModelTrainer) -> str | Path | None
 
 
 def last_evaluation(trainer: LanguageModelTrainer) -> dict[str, float] | None:
-    """What was measured after the last step, if it was."""
+    """What was measured after the last step, if it was, and if the model is still the one of that step."""
+    if trainer.args.load_best_model_at_end:
+        return None
     step = trainer.state.global_step
     return next((e for e in reversed(trainer.state.log_history) if "eval_loss" in e and e["step"] == step), None)
 
