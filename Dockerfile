@@ -1,4 +1,5 @@
-# An image that trains:
+# An image that trains. Its install lines were run by hand in an empty environment, with torch for CPUs; the image itself
+# has not been built yet.
 #
 #   docker build -t linpass .
 #   docker run --init --ipc=host --gpus all -v "$PWD/out:/outputs" --user "$(id -u):$(id -g)" linpass

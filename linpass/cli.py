@@ -21,7 +21,7 @@ class Parser(argparse.ArgumentParser):
 def make_parser() -> Parser:
     """The commands; ``train`` has its own parser, see ``linpass/training/parser.py``."""
     parser = Parser(prog="linpass", description="Linformer language models at linear cost.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,generate,evaluate}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,evaluate,generate}")
     commands.add_parser("train", help="train a causal Linformer (linpass train --help)", add_help=False)
     generate = commands.add_parser("generate", help="continue a prompt", description="Continue a prompt.")
     generate.add_argument("model", help="folder with a causal model and its tokenizer, such as ./final_model")

@@ -56,7 +56,13 @@ def encode_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     documents = []
     for text in tqdm(texts, desc="tokenizing", unit=" documents", disable=None, leave=False):
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=start is None, verbose=False)
+        encoded = tokenizer(
+            text,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_offsets_mapping=start is None,
+            verbose=False,
+        )
         ids = encoded["input_ids"]
         if start is None:
             text = text[encoded["offset_mapping"][1][0] :] if len(ids) > 1 else ""

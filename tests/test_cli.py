@@ -95,7 +95,7 @@ def test_objectives_and_architectures_that_do_not_fit(refused):
     assert "needs architecture linformer, not 'gpt2'" in refused(*masked, "--architecture", "gpt2")
     assert "packing=True needs architecture linformer" in refused("train", "--architecture", "llama")
     assert "architecture='bert' must be one of" in refused("train", "--architecture", "bert")
-    assert "objective='other' must be causal or masked" in refused("train", "--objective", "other")
+    assert "objective='other' must be one of causal, masked" in refused("train", "--objective", "other")
 
 
 @pytest.mark.parametrize(
@@ -104,8 +104,15 @@ def test_objectives_and_architectures_that_do_not_fit(refused):
         (["--deletion_probability", "1.2"], "deletion_probability=1.2 must be a probability, 0 to 1"),
         (["--swap_probability", "-0.1"], "swap_probability=-0.1 must be a probability, 0 to 1"),
         (["--chunks_per_document", "0"], "chunks_per_document=0 must be 1 or more, or none"),
-        (["--noise_target", "x"], "noise_target='x' must be clean or noised"),
-        (["--mixing_weights", "1", "2"], "mixing_weights=[1.0, 2.0] must be 1 numbers more than 0"),
+        (["--noise_target", "x"], "noise_target='x' must be one of clean, noised"),
+        (
+            ["--mixing_weights", "1", "2"],
+            "mixing_weights=[1.0, 2.0] must be finite numbers more than 0, as many as",
+        ),
+        (["--mixing_weights", "nan"], "mixing_weights=[nan] must be finite numbers more than 0"),
+        (["--sample_prompts", " "], "sample_prompts=[' '] must be texts to continue"),
+        (["--sample_prompts", "The", "--objective", "masked"], "sample_prompts needs objective causal"),
+        (["--pad_token_id", "7"], "pad_token_id=7 must be 0, the id of the tokenizer"),
         (["--streaming", "True"], "streaming=True needs --datasets"),
         (["--token_folders", "nowhere"], "token_folders needs --tokenizer"),
         (["--token_folders", "nowhere", "--tokenizer", "x"], "token_folders='nowhere' must be a folder of token ids"),

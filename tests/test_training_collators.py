@@ -196,6 +196,8 @@ def test_bad_input(tokenizer):
         ({"objective": "other"}, "objective='other' must be one of causal, masked"),
         ({"noise_target": "other"}, "noise_target='other' must be one of clean, noised"),
         ({"chunks_per_document": 0}, "chunks_per_document=0 must be 1 or more"),
+        ({"pad_to_multiple_of": 0}, "pad_to_multiple_of=0 must be 1 or more"),
+        ({"packing": True, "block_size": 5}, "block_size=5 must divide seq_length=32"),
     ):
         with pytest.raises(InputError, match=message):
             DynamicChunkingCollator(plain, 32, **options)

@@ -143,6 +143,16 @@ def test_weights_are_shares_of_the_tokens_and_every_document_comes_round():
     assert {seen[d] for d in range(300, 400)} == {12}
 
 
+def test_weights_count_the_tokens_that_are_trained_on():
+    lengths = [500] * 50 + [10] * 1000
+    dataset = dataset_of(lengths, chunks_per_document=1)
+    corpus = np.array([0] * 50 + [1] * 1000)
+    sampler = ChunkSampler(dataset, corpus=corpus, weights=[1, 1], epochs=1)
+    numbers = [number for row in sampler.rows(0) for number in row]
+    tokens, owner = dataset.chunk_lengths(numbers), corpus[dataset.locate(numbers)[1]]
+    assert tokens[owner == 0].sum() / tokens.sum() == pytest.approx(0.5, abs=0.01)
+
+
 def test_padding_rows_of_a_shorter_epoch_do_not_make_a_step():
     lengths = np.random.default_rng(1).integers(1, 200, 300).tolist()
     sampler = ChunkSampler(dataset_of(lengths), 2, pack_block=4, epochs=20)

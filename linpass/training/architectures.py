@@ -7,9 +7,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from linpass import LinformerConfig, LinformerForCausalLM, LinformerForMaskedLM
 from linpass.errors import InputError
+from linpass.training.arguments import ARCHITECTURES, OBJECTIVES
 
-ARCHITECTURES = ("linformer", "gpt2", "llama")
-OBJECTIVES = ("causal", "masked")
 SAME_SIZE = 0.01  # of the parameters
 
 

@@ -6,6 +6,7 @@ transformers, are in ``parser.py``.
 
 import difflib
 import json
+import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,10 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 PRESET_FOLDER = next(
     (f for f in (_PACKAGE / "presets", _PACKAGE.parent / "presets") if f.is_dir()), _PACKAGE / "presets"
 )
+
+ARCHITECTURES = ("linformer", "gpt2", "llama")
+OBJECTIVES = ("causal", "masked")
+NOISE_TARGETS = ("clean", "noised")
 
 
 def _flag(default: Any, text: str, alias: str | None = None) -> Any:
@@ -111,10 +116,10 @@ class DataArguments:
         if self.streaming and self.tokenizer is None:
             raise InputError("streaming=True needs --tokenizer: training one would read the stream twice")
         weights = self.mixing_weights
-        if weights is not None and (len(weights) != self.corpora or min(weights, default=0) <= 0):
+        if weights is not None and (len(weights) != self.corpora or not all(0 < w < math.inf for w in weights)):
             raise InputError(
-                f"mixing_weights={weights} must be {self.corpora} numbers more than 0, one for each of --datasets, "
-                "then one for --text_files, then one for each of --token_folders"
+                f"mixing_weights={weights} must be finite numbers more than 0, as many as corpora, {self.corpora}: one "
+                "for each of --datasets, then one for --text_files, then one for each of --token_folders"
             )
 
     @property
@@ -150,12 +155,15 @@ class ChunkArguments:
             not isinstance(self.chunks_per_document, int) or self.chunks_per_document < 1
         ):
             raise InputError(f"chunks_per_document={self.chunks_per_document} must be 1 or more, or none")
-        if self.objective not in ("causal", "masked"):
-            raise InputError(f"objective={self.objective!r} must be causal or masked")
-        if self.noise_target not in ("clean", "noised"):
-            raise InputError(f"noise_target={self.noise_target!r} must be clean or noised")
+        if self.objective not in OBJECTIVES:
+            raise InputError(f"objective={self.objective!r} must be one of {', '.join(OBJECTIVES)}")
+        if self.noise_target not in NOISE_TARGETS:
+            raise InputError(f"noise_target={self.noise_target!r} must be one of {', '.join(NOISE_TARGETS)}")
         if self.packing and self.objective == "masked":
-            raise InputError("packing=True needs objective causal: an encoder sees the whole row")
+            raise InputError(
+                "packing=True needs objective causal, an encoder sees the whole row; the preset may have set it: add "
+                "--packing False"
+            )
         if self.objective == "masked" and self.mask_probability == 0:
             raise InputError("mask_probability=0.0 must be more than 0 with objective masked")
 

@@ -7,7 +7,6 @@ whenever the process was killed; what a full disk or a bad copy did to it later,
 """
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -31,6 +30,7 @@ from torch.distributed.checkpoint import CheckpointException
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from linpass.errors import InputError
+from linpass.training.tokenization import tokenizer_fingerprint
 
 MANIFEST = "manifest.json"
 STAGING = ".incomplete"
@@ -262,7 +262,7 @@ def describe_run(
     )
     run = {"model": model, "training": training, "data": dict(data or {})}
     if tokenizer is not None:
-        run["data"]["tokenizer_hash"] = hash_tokenizer(tokenizer)
+        run["data"]["tokenizer_hash"] = tokenizer_fingerprint(tokenizer)
     return json.loads(json.dumps(run, default=_plain, sort_keys=True))
 
 
@@ -284,19 +284,6 @@ def compare_runs(saved: dict[str, Any], current: dict[str, Any], name: str = "th
     if differences:
         first, *others = differences
         raise InputError("; ".join([f"resume: {first}, the value of {name}", *others]))
-
-
-def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A short hash of everything that decides which ids a text becomes."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    parts: Any = tokenizer.get_vocab()
-    if backend is not None:
-        parts = json.loads(backend.to_str())
-        # these two are remembered from the last call of the tokenizer
-        parts.pop("truncation", None)
-        parts.pop("padding", None)
-    text = json.dumps([parts, {k: str(v) for k, v in tokenizer.special_tokens_map.items()}], sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def _plain(value: Any) -> Any:

@@ -9,11 +9,10 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from linpass.errors import InputError
+from linpass.training.arguments import NOISE_TARGETS, OBJECTIVES
 from linpass.training.sampling import ChunkBorders, chunk_count, draw, pack
 
 IGNORED = -100  # label of a place that is not scored
-OBJECTIVES = ("causal", "masked")
-NOISE_TARGETS = ("clean", "noised")
 # Of the tokens chosen for the masked objective (Devlin et al. 2019, BERT, section 3.1): 80 % are masked, 10 % replaced.
 MASKED, REPLACED = 0.8, 0.1
 
@@ -24,8 +23,9 @@ class DynamicChunkingCollator(TrainerCallback):
     It takes documents from any dataset (``{"input_ids": [...]}``, all chunks of each) or chunks from a
     :class:`~linpass.training.sampling.ChunkDataset` (one row an item, so that batches have a fixed number of rows).
     Borders and noise are drawn anew each epoch, as a function of (seed, epoch, document, chunk) alone; documents that
-    come without a number are told apart by their tokens. In a plain Trainer script pass it as ``data_collator`` and in
-    ``callbacks`` too: that is how it learns the epoch.
+    come without a number are told apart by 64 of their tokens, so that two equal ones get equal draws. In a plain
+    Trainer script pass it as ``data_collator`` and in ``callbacks`` too: that is how it learns the epoch (workers that
+    persist do not learn it).
 
     *Noise.* Each token is deleted with ``deletion_probability``, then neighbours are swapped with
     ``swap_probability``. For :math:`x_p`, the token of the clean text at p that stands at t of the noised input, the
@@ -83,6 +83,10 @@ class DynamicChunkingCollator(TrainerCallback):
             raise InputError(f"seq_length={seq_length} must be 2 or more: a token and the one that it predicts")
         if chunks_per_document is not None and chunks_per_document < 1:
             raise InputError(f"chunks_per_document={chunks_per_document} must be 1 or more, or none")
+        if pad_to_multiple_of < 1:
+            raise InputError(f"pad_to_multiple_of={pad_to_multiple_of} must be 1 or more")
+        if packing and (block_size < 1 or seq_length % block_size):
+            raise InputError(f"block_size={block_size} must divide seq_length={seq_length}")
         if objective not in OBJECTIVES:
             raise InputError(f"objective={objective!r} must be one of {', '.join(OBJECTIVES)}")
         if noise_target not in NOISE_TARGETS:

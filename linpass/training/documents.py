@@ -81,17 +81,20 @@ def file_documents(paths: Sequence[str], text_column: str) -> Iterator[str]:
     """
     for name in paths:
         path = Path(name)
+        empty = True
         try:
-            documents = [text for text in _read(path, text_column) if text.strip()]
-        except InputError:
+            for text in _read(path, text_column):
+                if text.strip():
+                    empty = False
+                    yield text
+        except (InputError, GeneratorExit):
             raise
         except UnicodeDecodeError as error:
             raise InputError(f"text_files={name!r} must be UTF-8: {error.reason} at byte {error.start}") from None
         except Exception as error:  # each reader raises its own kinds for a damaged file
             raise InputError(f"text_files={name!r} could not be read as {_suffix(path)}: {error}") from error
-        if not documents:
+        if empty:
             raise InputError(f"text_files={name!r} must hold text; there is only white space")
-        yield from documents
 
 
 def _suffix(path: Path) -> str:

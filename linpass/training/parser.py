@@ -9,9 +9,14 @@ import transformers
 from transformers import HfArgumentParser
 
 from linpass.errors import InputError
-from linpass.training.arguments import ChunkArguments, DataArguments, ModelArguments, nearest, read_preset
-
-ARCHITECTURES = ("linformer", "gpt2", "llama")
+from linpass.training.arguments import (
+    ARCHITECTURES,
+    ChunkArguments,
+    DataArguments,
+    ModelArguments,
+    nearest,
+    read_preset,
+)
 
 
 @dataclass

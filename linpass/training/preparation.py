@@ -1,8 +1,10 @@
 """From arguments to a tokenizer and the documents of a run: everything about the data that can be refused, is here."""
 
+import hashlib
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,11 +100,11 @@ def prepare_data(
     """
     if arguments.tokenizer is not None:  # first, because it may be refused and reading the text may take long
         tokenizer = load_tokenizer(arguments.tokenizer, vocab_size, mask)
-    corpora = open_corpora(arguments)
-    if arguments.tokenizer is None:
-        tokenizer = train_tokenizer(tokenizer_texts(corpora, arguments.validation_fraction, seed), vocab_size, mask)
     cache = cache_folder(arguments)
     with first() if first else nullcontext():
+        corpora = open_corpora(arguments)
+        if arguments.tokenizer is None:
+            tokenizer = trained_tokenizer(corpora, arguments, vocab_size, seed, mask)
         stores = [stored(corpus, tokenizer, cache, quiet) for corpus in corpora]
         stores += [_opened(folder, tokenizer) for folder in arguments.token_folders or ()]
         held_out = [_opened(folder, tokenizer) for folder in arguments.validation_token_folders or ()]
@@ -115,14 +117,33 @@ def prepare_data(
     return PreparedData(tokenizer, *TokenDocuments.of(stores).split(arguments.validation_fraction, seed), facts, [])
 
 
+def trained_tokenizer(
+    corpora: Sequence[Corpus], arguments: DataArguments, vocab_size: int, seed: int, mask: bool
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of the training text: from the cache where it was trained before, else trained now."""
+    separate = bool(arguments.validation_files or arguments.validation_token_folders)
+    fraction = 0.0 if separate else arguments.validation_fraction
+    key = repr(([corpus.fingerprint() for corpus in corpora], vocab_size, fraction, seed, mask, TOKENIZER_CHARACTERS))
+    name = f"tokenizer-{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}"
+    folder = cache_folder(arguments) / name
+    if not folder.is_dir():
+        tokenizer = train_tokenizer(tokenizer_texts(corpora, fraction, seed), vocab_size, mask)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=folder.parent) as partial:
+            tokenizer.save_pretrained(f"{partial}/whole")
+            with suppress(OSError):  # another run was faster
+                Path(partial, "whole").rename(folder)
+    return load_tokenizer(str(folder), vocab_size, mask)
+
+
 def tokenizer_texts(corpora: Sequence[Corpus], fraction: float, seed: int) -> Iterator[str]:
     """The training text, up to TOKENIZER_CHARACTERS: a tokenizer must not have seen what it is measured on."""
-    left = TOKENIZER_CHARACTERS
     for corpus in corpora:
+        left = TOKENIZER_CHARACTERS // len(corpora)
         mask = validation_mask(sum(1 for _text in corpus), fraction, seed)
         for number, text in enumerate(corpus):
             if left <= 0:
-                return
+                break
             if mask is None:
                 text = text[: round(len(text) * (1 - fraction))]
             elif mask[number]:

@@ -167,7 +167,8 @@ class ChunkSampler(torch.utils.data.Sampler[Row]):
     documents as often as that takes, and goes on in the next epoch where it stopped.
 
     Packed or weighted, epochs differ by a few rows; all are made as long as the longest, with rows of padding spread
-    over the shorter ones, because a Trainer counts the steps of an epoch once.
+    over the shorter ones, because a Trainer counts the steps of an epoch once. To know the longest, all are planned at
+    the start: about a second for a million chunks and epoch.
 
     Args:
         dataset: its chunks are drawn.
@@ -198,7 +199,8 @@ class ChunkSampler(torch.utils.data.Sampler[Row]):
         self.passes: list[float] = []
         if weights is not None and corpus is not None:
             self.corpora = [np.flatnonzero(corpus == number) for number in range(len(weights))]
-            tokens = np.array([dataset.lengths[documents].sum() for documents in self.corpora], dtype=float)
+            used = np.minimum(dataset.lengths, dataset.counts * dataset.borders.seq_length)  # of a document in an epoch
+            tokens = np.array([used[documents].sum() for documents in self.corpora], dtype=float)
             self.passes = list(np.asarray(weights) / sum(weights) * tokens.sum() / tokens)
         self.epoch = 0
         varying = bool(self.passes) or pack_block is not None

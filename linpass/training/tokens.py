@@ -154,7 +154,14 @@ def write_store(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, folder: Path
         bar = tqdm(desc=f"token ids of {corpus.name}", total=corpus.count(), unit=" documents", disable=quiet or None)
         with open(partial / IDS, "wb") as file, bar:
             for texts in _batches(corpus):
-                encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+                # A text that spells a special token is text: it must not end a document or mask a token.
+                encoded = tokenizer(
+                    texts,
+                    add_special_tokens=False,
+                    split_special_tokens=True,
+                    return_attention_mask=False,
+                    verbose=False,
+                )
                 for ids in encoded["input_ids"]:
                     file.write(np.array([*ids, tokenizer.eos_token_id], dtype=dtype).tobytes())
                     lengths.append(len(ids) + 1)

@@ -3,6 +3,7 @@
 import copy
 import math
 import platform
+import shutil
 from dataclasses import asdict, dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -83,7 +84,7 @@ def train(run: Run) -> TrainingResult | None:
         gpus = torch.cuda.device_count()
         say(arguments, f"One of {gpus} GPUs is used; all: torchrun --nproc_per_node {gpus} --no-python linpass train")
 
-    add_callbacks(trainer, run, checkpoints, output.parent / PLOT_NAME)
+    add_callbacks(trainer, run, checkpoints)
     outcome = trainer.train(resume_from_checkpoint=where_to_start(run, trainer))
     if trainer.stopped:
         say(arguments, f"Stopped with {trainer.saved_checkpoint}; go on with the same command and --resume")
@@ -92,10 +93,12 @@ def train(run: Run) -> TrainingResult | None:
     restore_forward(model)
     model.config.use_cache = True  # the Trainer switched it off for the training
     result = compare(run, trainer, data, metrics)
-    files = [checkpoints / LOG_NAME, output.parent / PLOT_NAME, checkpoints / SAMPLES_NAME]
+    files = [checkpoints / name for name in (LOG_NAME, PLOT_NAME, SAMPLES_NAME)]
     save_finished_model(
         trainer, output, files, lambda folder: write_run_card(folder, run, trainer, data, outcome, result, repo_id)
     )
+    if trainer.is_world_process_zero():
+        shutil.copy(checkpoints / PLOT_NAME, output.parent / PLOT_NAME)  # where people look first
     say(arguments, report(result, run, output.parent / PLOT_NAME))
     if repo_id is not None and trainer.is_world_process_zero():
         from linpass.training.hub import push_folder
@@ -119,6 +122,10 @@ def check_run(run: Run) -> tuple[Path, Path, str | None]:
         raise InputError(f"packing=True needs architecture linformer, not {arguments.architecture!r}")
     if run.chunks.objective == "masked" and arguments.architecture != "linformer":
         raise InputError(f"objective='masked' needs architecture linformer, not {arguments.architecture!r}")
+    if arguments.sample_prompts and run.chunks.objective == "masked":
+        raise InputError("sample_prompts needs objective causal: an encoder does not continue texts")
+    if not all(prompt.strip() for prompt in arguments.sample_prompts or ()):
+        raise InputError(f"sample_prompts={arguments.sample_prompts} must be texts to continue")
     output = Path(arguments.output_dir).expanduser().resolve()
     checkpoints = Path(arguments.checkpoint_dir).expanduser().resolve()
     check_output_folder(output)
@@ -179,10 +186,16 @@ def special_ids(arguments: ModelArguments) -> dict[str, int | list[int] | None]:
 
 
 def adopt_tokenizer(config: LinformerConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give the configuration the tokenizer's special ids where none were asked for, and room for its mask token."""
+    """Give the configuration the tokenizer's special ids, and room for its mask token.
+
+    Raises:
+        InputError: another id was asked for: the Trainer would put the tokenizer's in its place.
+    """
     for name in SPECIAL_IDS:
-        if getattr(config, name) is None:
-            setattr(config, name, getattr(tokenizer, name))
+        asked, there = getattr(config, name), getattr(tokenizer, name)
+        if asked is not None and asked != there:
+            raise InputError(f"{name}={asked} must be {there}, the id of the tokenizer; leave the flag away")
+        setattr(config, name, there)
     config.vocab_size = max(config.vocab_size, len(tokenizer))
     tokenizer.model_max_length = config.seq_length
 
@@ -234,7 +247,7 @@ def build_trainer(run: Run, model: Any, data: PreparedData) -> LanguageModelTrai
     )
 
 
-def add_callbacks(trainer: LanguageModelTrainer, run: Run, checkpoints: Path, plot: Path) -> None:
+def add_callbacks(trainer: LanguageModelTrainer, run: Run, checkpoints: Path) -> None:
     """Log, picture, speed and samples."""
     from linpass.training.callbacks import LossLoggerCallback, SampleTextCallback, ThroughputCallback
     from linpass.training.flops import flops_per_token
@@ -243,9 +256,11 @@ def add_callbacks(trainer: LanguageModelTrainer, run: Run, checkpoints: Path, pl
     throughput = ThroughputCallback(tokens_per_step(trainer), flops_per_token(trainer.model, run.model.seq_length))
     throughput.add_to(trainer)
     trainer.add_callback(
-        LossLoggerCallback(checkpoints / LOG_NAME, plot, run.training.plot_steps, run.training.plot_scale)
+        LossLoggerCallback(
+            checkpoints / LOG_NAME, checkpoints / PLOT_NAME, run.training.plot_steps, run.training.plot_scale
+        )
     )
-    if run.training.sample_prompts and run.chunks.objective == "causal":
+    if run.training.sample_prompts:
         trainer.add_callback(
             SampleTextCallback(
                 trainer.processing_class,
