@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .cache_linformer import LinformerCache
+    from .configuration_closed_form import ClosedFormConfig
     from .configuration_linformer import LinformerConfig
     from .layers_linformer import LowRankLinear
+    from .modeling_closed_form import ClosedFormForSequenceClassification
     from .modeling_linformer import (
         LinformerForCausalLM,
         LinformerForMaskedLM,
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "ClosedFormConfig": "configuration_closed_form",
+    "ClosedFormForSequenceClassification": "modeling_closed_form",
     "LinformerConfig": "configuration_linformer",
     "LinformerCache": "cache_linformer",
     "LinformerForCausalLM": "modeling_linformer",
@@ -34,6 +38,8 @@ _HOME = {
 }
 
 __all__ = [
+    "ClosedFormConfig",
+    "ClosedFormForSequenceClassification",
     "LinformerCache",
     "LinformerConfig",
     "LinformerForCausalLM",
@@ -59,7 +65,7 @@ def __dir__() -> list[str]:
 
 
 def register_auto_classes() -> None:
-    """Make transformers' Auto classes know the Linformer; calling it again changes nothing."""
+    """Make transformers' Auto classes know the models of this package; calling it again changes nothing."""
     from transformers import (
         AutoConfig,
         AutoModel,
@@ -69,7 +75,12 @@ def register_auto_classes() -> None:
         AutoModelForTokenClassification,
     )
 
-    from linpass import configuration_linformer, modeling_linformer
+    from linpass import (
+        configuration_closed_form,
+        configuration_linformer,
+        modeling_closed_form,
+        modeling_linformer,
+    )
 
     config_class = configuration_linformer.LinformerConfig
     AutoConfig.register("linformer", config_class, exist_ok=True)
@@ -81,6 +92,12 @@ def register_auto_classes() -> None:
     )
     AutoModelForTokenClassification.register(
         config_class, modeling_linformer.LinformerForTokenClassification, exist_ok=True
+    )
+
+    closed_form = configuration_closed_form.ClosedFormConfig
+    AutoConfig.register("closed_form", closed_form, exist_ok=True)
+    AutoModelForSequenceClassification.register(
+        closed_form, modeling_closed_form.ClosedFormForSequenceClassification, exist_ok=True
     )
 
 

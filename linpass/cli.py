@@ -1,4 +1,4 @@
-"""The command ``linpass``: train, generate, evaluate.
+"""The command ``linpass``: train, evaluate, generate, compare.
 
 Only the standard library is imported before a command is known to run, so that help and wrong flags answer at once.
 """
@@ -10,6 +10,8 @@ from typing import NoReturn
 
 from linpass.errors import InputError
 
+METHODS = ("gradient", "single-pass")
+
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line."""
@@ -19,10 +21,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser() -> Parser:
-    """The commands; ``train`` has its own parser, see ``linpass/training/parser.py``."""
+    """The commands; ``train`` and ``compare`` have parsers of their own, in ``training`` and ``singlepass``."""
     parser = Parser(prog="linpass", description="Linformer language models at linear cost.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,evaluate,generate}")
-    commands.add_parser("train", help="train a causal Linformer (linpass train --help)", add_help=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,evaluate,generate,compare}")
+    commands.add_parser("train", help="train a causal Linformer, or a classifier in one pass", add_help=False)
+    commands.add_parser("compare", help="a classifier by gradient descent and in a single pass", add_help=False)
     generate = commands.add_parser("generate", help="continue a prompt", description="Continue a prompt.")
     generate.add_argument("model", help="folder with a causal model and its tokenizer, such as ./final_model")
     generate.add_argument("prompt", help="text to continue")
@@ -69,6 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if arguments[:1] == ["train"]:
             run_train(arguments[1:])
             return 0
+        if arguments[:1] == ["compare"]:
+            run_compare(arguments[1:])
+            return 0
         options = vars(make_parser().parse_args(arguments))
         if options.pop("command") == "evaluate":
             run_evaluate(options.pop("model"), options.pop("text_files"), **options)
@@ -82,6 +88,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_train(flags: list[str]) -> None:
     """``linpass train``."""
+    method, flags = _take_method(flags)
+    if method == "single-pass":
+        run_single_pass(flags)
+        return
     if "-h" in flags or "--help" in flags:
         from linpass.training.arguments import train_help
 
@@ -97,6 +107,40 @@ def run_train(flags: list[str]) -> None:
     from linpass.training.train import train
 
     train(run)
+
+
+def run_single_pass(flags: list[str]) -> None:
+    """``linpass train --method single-pass``."""
+    if "-h" in flags or "--help" in flags:
+        from linpass.singlepass.command_arguments import single_pass_help
+
+        print(single_pass_help())
+        return
+    from linpass.singlepass.command_parser import single_pass_parser
+
+    parser = single_pass_parser()
+    if "--help_all" in flags:
+        parser.print_help()
+        return
+    sources, arguments = parser.parse(flags)
+    from linpass.singlepass.run import train_single_pass
+
+    train_single_pass(sources, arguments)
+
+
+def run_compare(flags: list[str]) -> None:
+    """``linpass compare``."""
+    if "-h" in flags or "--help" in flags:
+        from linpass.singlepass.command_arguments import compare_help
+
+        print(compare_help())
+        return
+    from linpass.singlepass.command_parser import compare_parser
+
+    sources, arguments = compare_parser().parse(flags)
+    from linpass.singlepass.compare import compare
+
+    compare(sources, arguments)
 
 
 def run_evaluate(model: str, text_files: list[str], **options) -> None:
@@ -119,6 +163,14 @@ def run_generate(model: str, prompt: str, **options) -> None:
 
     logging.disable_progress_bar()  # "Loading weights" would stand before the text
     generate(model, prompt, **options)
+
+
+def _take_method(flags: list[str]) -> tuple[str, list[str]]:
+    """The value of ``--method``, and the other flags."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--method", choices=METHODS, default=METHODS[0])
+    options, others = parser.parse_known_args(flags)
+    return options.method, others
 
 
 def _whole(least: int) -> Callable[[str], int]:

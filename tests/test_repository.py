@@ -11,15 +11,21 @@ import linpass
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "linpass"
-HUB_FILES = sorted(PACKAGE.glob("*_linformer.py"))
+FAMILIES = ("_linformer", "_closed_form")
+HUB_FILES = sorted(path for family in FAMILIES for path in PACKAGE.glob(f"*{family}.py"))
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up: a file imports only what stands before it.
-ORDER = ("errors", "configuration", "attention", "kernels", "cache", "layers", "modeling", "training")
+ORDER = ("errors", "configuration", "attention", "kernels", "cache", "layers", "feature_maps", "modeling")
+ORDER += ("training", "singlepass")
+# The mathematics of linpass.singlepass: numbers in, numbers out, without transformers.
+TORCH_ONLY = ("statistics", "solver", "descent", "features", "classification", "kernel_ridge")
 
 
 def level(module: str) -> int | None:
     """Place in ORDER of a module such as "linpass.training.tokens" or "cache_linformer"."""
-    name = module.removeprefix("linpass.").split(".")[0].removesuffix("_linformer")
+    name = module.removeprefix("linpass.").split(".")[0]
+    for family in FAMILIES:
+        name = name.removesuffix(family)
     return ORDER.index(name) if name in ORDER else None
 
 
@@ -32,7 +38,7 @@ def imports(path: Path) -> list[tuple[str, int, bool]]:
         if isinstance(node, ast.Import):
             found += [(alias.name, 0, id(node) in guarded) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            whole_package = node.module in (None, "linpass", "linpass.training")
+            whole_package = node.module in (None, "linpass", "linpass.training", "linpass.singlepass")
             names = (
                 [f"{node.module or ''}.{a.name}".lstrip(".") for a in node.names] if whole_package else [node.module]
             )
@@ -43,8 +49,11 @@ def imports(path: Path) -> list[tuple[str, int, bool]]:
 def test_the_rules_below_see_the_files():
     names = {path.name for path in HUB_FILES}
     assert names >= {"configuration_linformer.py", "attention_linformer.py", "modeling_linformer.py"}
+    assert names >= {"configuration_closed_form.py", "feature_maps_closed_form.py", "modeling_closed_form.py"}
     assert ("linpass.training.preparation", 0, False) in imports(PACKAGE / "training/train.py")
     assert level("linpass.training.tokens") == level("training") > level("modeling_linformer") > level("configuration")
+    assert level("linpass.singlepass.solver") > level("training") > level("modeling_closed_form")
+    assert level("modeling_closed_form") > level("feature_maps_closed_form") > level("configuration_closed_form")
 
 
 @pytest.mark.parametrize("path", HUB_FILES, ids=lambda path: path.name)
@@ -62,9 +71,30 @@ def test_hub_files_load_flat_and_alone(path):
             assert top in allowed or (top == "triton" and guarded), f"{path.name} imports {module}"
 
 
-def test_attention_imports_torch_only():
+@pytest.mark.parametrize("name", ["attention_linformer.py", "kernels_closed_form.py"])
+def test_the_mathematics_of_hub_files_imports_torch_only(name):
     allowed = {"torch", *sys.stdlib_module_names}
-    assert {module.split(".")[0] for module, _dots, _guarded in imports(PACKAGE / "attention_linformer.py")} <= allowed
+    assert {module.split(".")[0] for module, _dots, _guarded in imports(PACKAGE / name)} <= allowed
+
+
+def singlepass_files_below(names: tuple[str, ...]) -> set[str]:
+    """The named files of linpass.singlepass and those of it that they import, directly or not."""
+    found, left = set(), set(names)
+    while left:
+        name = left.pop()
+        found.add(name)
+        for module, dots, _guarded in imports(PACKAGE / "singlepass" / f"{name}.py"):
+            if dots or module.startswith("linpass.singlepass."):
+                left |= {module.removeprefix("linpass.singlepass.").split(".")[0]} - found
+    return found
+
+
+def test_the_mathematics_of_singlepass_imports_torch_only():
+    allowed = {"torch", "safetensors", *sys.stdlib_module_names}
+    for name in singlepass_files_below(TORCH_ONLY):
+        for module, dots, _guarded in imports(PACKAGE / "singlepass" / f"{name}.py"):
+            ours = dots == 1 or module == "linpass.errors" or module.startswith("linpass.singlepass.")
+            assert ours or module.split(".")[0] in allowed, f"singlepass/{name}.py imports {module}"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -15,7 +15,7 @@ from linpass.training.card import (
     RunFacts,
     architecture_rows,
     hyperparameter_rows,
-    library_versions,
+    package_versions,
     write_card,
 )
 from linpass.training.tokenization import train_tokenizer
@@ -67,7 +67,7 @@ def test_every_number_of_the_run_is_in_the_card(tmp_path):
 
 def test_metadata_says_what_the_hub_asks_for(tmp_path):
     card = read(tmp_path)[1].data
-    assert card.library_name == "transformers"
+    assert card.to_dict()["library_name"] == "transformers"
     assert card.pipeline_tag == "text-generation"
     assert card.tags == ["linpass", "linformer"]
     assert card.datasets == ["openwebtext"]  # the file is no data set of the Hub
@@ -152,7 +152,7 @@ def test_the_trainers_settings_are_rows():
     assert rows["schedule"] == "linear"
     assert rows["precision"] == "float32"
     assert rows["seed"] == "12345"
-    assert library_versions().keys() >= {"linpass", "torch", "transformers"}
+    assert package_versions().keys() >= {"linpass", "torch", "transformers"}
 
 
 def code_blocks(text):

@@ -82,13 +82,13 @@ def write_card(folder: str | Path, facts: RunFacts) -> Path:
     """
     folder = Path(folder)
     sections = [
-        f"# {_line(facts.name)}",
+        f"# {one_line(facts.name)}",
         _what_it_is(facts),
         "## Load it\n\n" + _how_to_load(facts),
         "## Results\n\n" + _results(facts, folder),
         "## Training data\n\n" + _training_data(facts),
-        "## Training\n\n" + _table(_training_rows(facts)),
-        "## Architecture\n\n" + _table({"parameters": facts.parameters, **facts.architecture}),
+        "## Training\n\n" + table_of(_training_rows(facts)),
+        "## Architecture\n\n" + table_of({"parameters": facts.parameters, **facts.architecture}),
         "## Limits\n\n" + _limits(facts),
     ]
     if facts.model_type == "linformer":
@@ -147,7 +147,7 @@ def hyperparameter_rows(arguments: Any) -> dict[str, Any]:
     }
 
 
-def library_versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     """The versions of what took part in a training, by name of the package; what is not installed is left out."""
     found = {"linpass": __version__}
     for name in ("torch", "transformers", "accelerate", "tokenizers", "datasets"):
@@ -159,7 +159,7 @@ def library_versions() -> dict[str, str]:
 
 
 def _metadata(facts: RunFacts) -> ModelCardData:
-    on_hub = [_line(corpus.name) for corpus in facts.corpora if corpus.on_hub]
+    on_hub = [one_line(corpus.name) for corpus in facts.corpora if corpus.on_hub]
     task, task_name = ("text-generation", "Text Generation") if facts.causal else ("fill-mask", "Masked Language Model")
     measured = {"loss": ("Validation loss", facts.validation_loss), "perplexity": ("Perplexity", facts.perplexity)}
     if facts.bits_per_byte is not None:
@@ -169,7 +169,7 @@ def _metadata(facts: RunFacts) -> ModelCardData:
             task_type=task,
             task_name=task_name,
             dataset_type=on_hub[0] if len(on_hub) == len(facts.corpora) == 1 else "text",
-            dataset_name=_line(_validation_text(facts)),
+            dataset_name=one_line(_validation_text(facts)),
             metric_type=metric,
             metric_name=name,
             metric_value=value,
@@ -184,7 +184,7 @@ def _metadata(facts: RunFacts) -> ModelCardData:
         pipeline_tag=task,
         tags=["linpass", facts.model_type],
         datasets=on_hub or None,
-        model_name=_line(facts.name),
+        model_name=one_line(facts.name),
         eval_results=results or None,
     )
 
@@ -230,12 +230,12 @@ inputs = tokenizer("The", return_tensors="pt")
 run = pipeline("{task}", model={source}{trust})
 {run}"""
     if facts.model_type != "linformer":
-        return f"{_code(model)}\n\nor\n\n{_code(pipe)}"
+        return f"{python_block(model)}\n\nor\n\n{python_block(pipe)}"
     model = f"import linpass  # the Auto classes know the Linformer from here on\n{model}"
     return (
-        f"With linpass installed:\n\n{_code(model)}"
+        f"With linpass installed:\n\n{python_block(model)}"
         "\n\nWithout linpass, by the code that lies beside the weights (read it before you trust it):\n\n"
-        f"{_code(pipe)}"
+        f"{python_block(pipe)}"
     )
 
 
@@ -253,14 +253,14 @@ def _results(facts: RunFacts, folder: Path) -> str:
     if facts.bits_per_byte is not None:
         rows["validation, bits per byte"] = f"{facts.bits_per_byte:.4f}"
     rows |= {f"perplexity of a {name} model": f"{value:,.2f}" for name, value in facts.baselines.items()}
-    rows["validation tokens"] = f"{facts.validation_tokens:,}, {_line(_validation_text(facts))}"
-    parts = [_table(rows)]
+    rows["validation tokens"] = f"{facts.validation_tokens:,}, {one_line(_validation_text(facts))}"
+    parts = [table_of(rows)]
     if (folder / "training_loss_plot.png").is_file():
         parts.append("![Training and validation loss by optimizer step](training_loss_plot.png)")
     if (folder / "training_log.jsonl").is_file():
         parts.append("Every logged step: [training_log.jsonl](training_log.jsonl).")
     if facts.sample is not None:
-        indented = "\n".join(f"    {_line(line)}" for line in facts.sample.splitlines())
+        indented = "\n".join(f"    {one_line(line)}" for line in facts.sample.splitlines())
         parts.append(f"Not selected: a prompt from the validation text `>>>` what the model writes.\n\n{indented}")
     return "\n\n".join(parts)
 
@@ -303,8 +303,8 @@ def _limits(facts: RunFacts) -> str:
     return "\n".join(f"- {limit}" for limit in limits)
 
 
-def _table(rows: Mapping[str, Any]) -> str:
-    shown = [f"| {_line(name)} | {_value(value)} |" for name, value in rows.items() if value is not None]
+def table_of(rows: Mapping[str, Any]) -> str:
+    shown = [f"| {one_line(name)} | {_value(value)} |" for name, value in rows.items() if value is not None]
     return "\n".join(["| | |", "|---|---|", *shown])
 
 
@@ -317,18 +317,18 @@ def _value(value: Any) -> str:
         return f"{value:g}"
     if isinstance(value, list | tuple):
         return ", ".join(map(_value, value))
-    return _line(str(value)).replace("|", "\\|")
+    return one_line(str(value)).replace("|", "\\|")
 
 
-def _line(text: str) -> str:
+def one_line(text: str) -> str:
     """A name that others chose, on one line; a file name that is no UTF-8 must not stop the end of a run."""
     return " ".join(text.encode("utf-8", "replace").decode("utf-8").split())
 
 
 def _name(text: str) -> str:
     """As code: nothing in it is Markdown, and no pipe ends the cell of the table."""
-    return f"`{_line(text).replace('`', chr(39)).replace('|', chr(92) + '|')}`"
+    return f"`{one_line(text).replace('`', chr(39)).replace('|', chr(92) + '|')}`"
 
 
-def _code(text: str) -> str:
+def python_block(text: str) -> str:
     return f"```python\n{text}\n```"

@@ -392,7 +392,7 @@ def write_run_card(
         hardware=hardware(trainer),
         hyperparameters=card.hyperparameter_rows(trainer.args),
         architecture=card.architecture_rows(model.config),
-        versions=card.library_versions(),
+        versions=card.package_versions(),
         sample=result.sample,
     )
     card.write_card(folder, facts)
