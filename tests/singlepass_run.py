@@ -189,9 +189,9 @@ def run_several(folder, result, settings):
         changes = dict(changes)
         texts = Texts(changes.pop("rows", ROWS))
         rows = Stream(texts) if changes.pop("stream", False) else texts
-        trainer = make_trainer(Path(folder) / name, rows=rows, evaluate=Texts(30), metrics=accuracy, **changes)
+        trainer = make_trainer(Path(folder) / name, rows=rows, evaluate=Texts(32), metrics=accuracy, **changes)
         trainer.train()
-        found[name] = describe(trainer) | {"reads": texts.reads}
+        found[name] = describe(trainer) | {"reads": list(texts.reads)}
         if name == "logistic":
             found[name]["later"] = change_and_save(trainer, Path(folder) / "saved")
     Path(f"{result}.{os.environ.get('RANK', 0)}").write_text(json.dumps(found), encoding="utf-8")
@@ -207,11 +207,11 @@ def change_and_save(trainer, folder):
     trainer.forget([7, 50])
     later["forgotten"] = [values.tolist() for values in head_of(trainer)]
     later |= {name: value for name, value in trainer.evaluate().items() if name in ("eval_loss", "eval_accuracy")}
-    save, wrote = trainer._save, []
-    trainer._save = lambda *arguments, **keywords: wrote.append(save(*arguments, **keywords))
+    save, wrote = trainer.model.save_pretrained, []
+    trainer.model.save_pretrained = lambda *arguments, **keywords: wrote.append(save(*arguments, **keywords))
     trainer.save_model(str(folder))
     trainer.accelerator.wait_for_everyone()
-    return later | {"rows": trainer.rows, "saved": str(folder), "wrote": bool(wrote)}
+    return later | {"rows": trainer.rows, "saved": str(folder), "wrote": len(wrote)}
 
 
 def run_refused(folder):

@@ -9,8 +9,9 @@ from torch import nn
 
 from linpass.errors import InputError
 from linpass.singlepass import SinglePassArguments
-from linpass.singlepass.collection import Collection, RowStore, fold_of, hashed
+from linpass.singlepass.collection import Collection
 from linpass.singlepass.fit import FEWEST_TO_CALIBRATE, fit_head
+from linpass.singlepass.row_store import RowStore, fold_of, hashed
 from linpass.singlepass.tasks import Rows, Task
 
 # Two float64 solutions of one well-conditioned system.

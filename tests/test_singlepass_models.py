@@ -39,8 +39,6 @@ from linpass.singlepass import SinglePassArguments, SinglePassTrainer
 SOLVER = {"rtol": 1e-8, "atol": 1e-9}
 # Logits of a float32 folder in two processes.
 RELOADED = {"rtol": 1e-6, "atol": 1e-6}
-# A head in float64, from features that a float32 encoder gave in batches of another shape.
-FLOAT32 = {"rtol": 1e-3, "atol": 1e-4}
 
 PAD, ALPHA, WIDTH, TOKENS = 1, 0.7, 32, 12
 SIZES = {

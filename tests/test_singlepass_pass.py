@@ -3,6 +3,7 @@
 import logging
 
 import datasets
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -11,8 +12,8 @@ from transformers.trainer_callback import ProgressCallback
 
 from linpass.errors import InputError
 from linpass.singlepass import RidgeStatistics
-from linpass.singlepass.collection import RowStore
 from linpass.singlepass.loading import RowCollator
+from linpass.singlepass.row_store import RowStore, fold_of
 
 SUMS = 1e-12  # the same rows in float64, added in another order
 HEADS = 1e-10  # a solve of such sums
@@ -286,15 +287,25 @@ def test_forget_is_never_seen(tmp_path, changes, by_number):
 def test_what_the_folds_hold_after_forgetting(tmp_path):
     trainer = trained(tmp_path, regularization="kfold", folds=4)
     trainer.forget(torch.tensor(GONE))
-    features_ND, (inputs, labels_N) = None, Texts().stacked()
+    inputs, labels_N = Texts().stacked()
     features_ND = features_of(trainer.model, inputs)
-    from linpass.singlepass.row_store import fold_of
-
     numbers = torch.tensor([number for number in range(ROWS) if number not in GONE])
     fold_N = fold_of(numbers, trainer.args.seed, 4)
     for fold, group in enumerate(trainer.collection.statistics.groups):
         rows = numbers[fold_N == fold]
         assert_same(group, expected_moments(features_ND[rows], labels_N[rows]), HEADS)
+
+
+def test_numbers_of_every_kind_name_rows(tmp_path):
+    trainer = trained(tmp_path)
+    for rows in ([1], (2,), range(3, 4), {4}, np.array([5]), torch.tensor([6]), [np.int64(7)]):
+        trainer.forget(rows)
+    assert trainer.forgotten == set(range(1, 8))
+    stream = trained(tmp_path, Stream(Texts()))
+    with pytest.raises(InputError, match="those of train_dataset have no numbers"):
+        stream.forget([1])
+    stream.forget(Texts(2))
+    assert stream.rows == ROWS - 2
 
 
 def test_a_sample_forgets_too(tmp_path):

@@ -14,7 +14,7 @@ from linpass.errors import InputError
 from linpass.singlepass import statistics as statistics_module
 from linpass.singlepass import statistics_file
 from linpass.singlepass.batches import LARGEST
-from linpass.singlepass.blocks import BLOCK_ROWS
+from linpass.singlepass.blocks import BLOCK_NUMBERS, BLOCK_ROWS
 from linpass.singlepass.statistics import GroupedStatistics, RidgeStatistics
 
 PRECISIONS = ("mixed", "float64", "tsqr")
@@ -213,6 +213,8 @@ def test_rows_of_weight_zero_are_counted_and_nothing_else(precision):
     nothing = empty(precision=precision).update(x, y, torch.zeros(90))
     assert (nothing.rows, nothing.weight) == (90, 0)
     assert not nothing.scatter_DD.any()
+    assert torch.isfinite(nothing.mean_D).all()
+    assert torch.isfinite(nothing.target_mean_C).all()
     with pytest.raises(InputError, match="90 rows of weight 0"):
         nothing.spectrum()
 
@@ -239,6 +241,7 @@ def test_an_empty_batch_changes_nothing(precision):
     statistics = empty(precision=precision).update(x[:0], y[:0], s[:0]).update(x[:0], torch.zeros(0, dtype=torch.long))
     assert_equal_states(statistics, empty(precision=precision))
     assert statistics.rows == 0
+    assert torch.equal(statistics.mean_D, torch.zeros(6, dtype=torch.float64))
     with pytest.raises(InputError, match="0 rows"):
         statistics.spectrum()
 
@@ -302,9 +305,21 @@ def test_a_merge_with_itself_counts_rows_twice(precision):
 def test_rows_with_a_constant_feature_can_be_forgotten(precision):
     """Its scatter is rounding, not the same for all rows and for some of them."""
     x, y, s = make_rows()
-    x[:, 2] = 12345.678
-    statistics = of_all(x, y, s, precision, batch=90).forget(x[:77], y[:77], s[:77])
-    assert_moments(statistics, of_all(x[77:], y[77:], s[77:], precision), FORGOTTEN[precision])
+    x[:, 1:] = torch.tensor([12345.678, 1e-3, 1 / 3, -7.7e5, 0.1], dtype=torch.float64)
+    for count in range(1, 80, 6):
+        statistics = of_all(x, y, s, precision).forget(x[:count], y[:count], s[:count])
+        assert_moments(statistics, of_all(x[count:], y[count:], s[count:], precision), FORGOTTEN[precision])
+
+
+@pytest.mark.parametrize("precision", ["mixed", "float64"])
+def test_rows_of_a_single_class_can_be_forgotten(precision):
+    x, _, s = make_rows(3000)
+    y = torch.ones(3000, dtype=torch.long)
+    for count in range(100, 2500, 100):
+        statistics = of_all(x, y, s, precision).forget(x[:count], y[:count], s[:count])
+        rest = of_all(x[count:], y[count:], s[count:], precision)
+        assert error_of(statistics.scatter_DD, rest.scatter_DD) < FORGOTTEN[precision]
+        assert statistics.target_scatter_C.abs().max() < 1e-10
 
 
 @pytest.mark.parametrize("precision", ["mixed", "float64"])
@@ -582,6 +597,14 @@ def test_a_vocabulary_of_classes_is_never_one_hot():
     assert error_of(empty(features, classes).update(x, ids).cross_DC[:, token : token + 1], expected) < VALUE["float64"]
 
 
+@each_precision
+def test_a_block_of_long_rows_has_few(precision):
+    x, y = torch.randn(10, 2), torch.zeros(10, 20_000)
+    with Watch() as watch:
+        empty(2, 20_000, precision).update(x, y)
+    assert BLOCK_NUMBERS / 2 < watch.largest <= BLOCK_NUMBERS
+
+
 def test_small_batches_share_a_product():
     x, y = torch.randn(2 * BLOCK_ROWS, 4), torch.randint(0, 3, (2 * BLOCK_ROWS,))
     statistics = empty(4, 3, "mixed")
@@ -852,7 +875,9 @@ def test_cuda_gives_what_the_cpu_gives(precision, ids, device):
     truth = of_all(x, y, s)
     for name in NAMES:
         assert error_of(getattr(on_gpu, name).cpu(), getattr(truth, name)) < OFFSET[precision], name
-    assert error_of(spectrum.residual_C.cpu(), truth.spectrum().residual_C) < 1e-5
+    # mixed: directions below the noise of float32 products, as one here is, explain nothing
+    residual_error = error_of(spectrum.residual_C.cpu(), truth.spectrum().residual_C)
+    assert residual_error < (1e-3 if precision == "mixed" else 1e-5)
     assert_moments(of_all(x, y, s, precision).merge(on_gpu), of_all(x, y, 2 * s), OFFSET[precision])
     with pytest.raises(InputError, match="row 9000 holds nan"):
         on_gpu.update(x[:1].to(device) * float("nan"), y[:1].to(device))

@@ -16,6 +16,8 @@ from .triangular import TriangularFactor
 BLOCK_ROWS, FEWEST_ROWS = 4096, 256
 # Most numbers of a block, 67 MB, unless its rows are so long that FEWEST_ROWS take more.
 BLOCK_NUMBERS = 2**23
+# On a GPU the launches for 4096 rows take several times as long as their product: blocks hold so many times more there.
+ON_GPU = {"mixed": 4, "float64": 8, "tsqr": 8}
 # What is left of a sum of squares may seem this negative, relative to what there was, when rows that were in it are
 # taken out: the rounding of the products, and of their means.
 SLACK = {"mixed": 1e-5, "float64": 1e-9}
@@ -119,7 +121,9 @@ class BlockSum:
     def _new_block(self, targets: Tensor) -> Block:
         features, classes, precision = self.sizes.values()
         dense = targets.ndim == 2 or precision == "tsqr"
-        capacity = min(self.most_rows, max(FEWEST_ROWS, BLOCK_NUMBERS // (features + classes * dense)))
+        larger = ON_GPU[precision] if self.device.type == "cuda" else 1
+        most = BLOCK_NUMBERS * larger // (features + classes * dense)
+        capacity = min(self.most_rows * larger, max(FEWEST_ROWS, most))
         return Block(capacity, features, classes if targets.ndim == 2 else None, self.device)
 
     @torch.inference_mode(False)

@@ -12,7 +12,7 @@ from torch import Tensor
 from linpass.errors import InputError
 from linpass.singlepass.arguments import SinglePassArguments
 from linpass.singlepass.descent import SGDMap
-from linpass.singlepass.row_store import RowStore, fold_of, hashed  # noqa: F401
+from linpass.singlepass.row_store import RowStore, fold_of
 from linpass.singlepass.statistics import GroupedStatistics, RidgeStatistics
 from linpass.singlepass.tasks import Rows, Task
 

@@ -13,9 +13,10 @@ from linpass.feature_maps_closed_form import KernelFeatures
 from linpass.modeling_closed_form import ClosedFormForSequenceClassification
 from linpass.singlepass.arguments import SinglePassArguments
 from linpass.singlepass.classification import fit_temperature
-from linpass.singlepass.collection import Collection, hashed
+from linpass.singlepass.collection import Collection
 from linpass.singlepass.fit import FEWEST_TO_CALIBRATE, Fit
 from linpass.singlepass.kernel_ridge import KernelRidgeSolution, kernel_ridge, nystrom_conjugate_gradient
+from linpass.singlepass.row_store import hashed
 from linpass.singlepass.solver import RidgeSolution
 from linpass.singlepass.tasks import head_targets
 
@@ -29,9 +30,9 @@ def fit_kernel_head(
     """Solve for the dual coefficients and make them the model's feature map (k(x, landmarks)) and linear layer.
 
     Up to ``exact_rows`` rows the landmarks are all rows and the system is solved exactly. Above, ``num_features`` rows
-    drawn with the seed are the landmarks, the system is solved by preconditioned conjugate gradient, and "gcv" or "loo"
-    choose the regularisation on CHOICE_ROWS rows; it is then scaled with the number of rows. For probabilities the same
-    system is solved once more without a fifth of the rows.
+    drawn with the seed are the landmarks, the head's map is the whitened kernel against them, and the system is solved
+    by preconditioned conjugate gradient; "gcv" or "loo" then choose the regularisation on CHOICE_ROWS rows, and it is
+    scaled with the number of rows. For probabilities the same system is solved once more without a fifth of the rows.
 
     Raises:
         InputError: no rows, one class only, a system that is too large or singular.
@@ -90,7 +91,7 @@ def _feature_map(model: Any, features_ND: Tensor, arguments: SinglePassArguments
         config.kernel,
         config.pooled_width,
         landmarks,
-        whiten=False,
+        whiten=not exact,  # raw dual coefficients of landmarks are large and cancel in float32
         bandwidth=config.bandwidth,
         seed=arguments.seed,
         **parameters,
@@ -154,10 +155,11 @@ def _predict(feature_map: KernelFeatures, solution: KernelRidgeSolution, feature
 def _write(model: Any, feature_map: KernelFeatures, solution: KernelRidgeSolution, temperature: float | None) -> None:
     old = model.classifier
     model.config.num_features = len(feature_map.landmarks)
+    model.config.feature_map = "kernel" if feature_map.whitening is None else "nystrom"
     model.feature_map = feature_map
     model.classifier = nn.Linear(
         len(feature_map.landmarks), model.num_labels, device=old.weight.device, dtype=old.weight.dtype
     )
     scale = 1.0 if temperature is None else 1 / temperature
-    model.classifier.weight.copy_(solution.dual_NC.T * scale)
+    model.classifier.weight.copy_(feature_map.weight_from_dual(solution.dual_NC) * scale)
     model.classifier.bias.copy_(solution.intercept_C * scale)

@@ -116,7 +116,11 @@ def batches(
     seen = start
     for step, numbers in zip(steps, mine, strict=True):
         seen += len(step)
-        yield Batch(*next(loaded), seen) if numbers else _no_rows(seen)
+        if not numbers:
+            yield _no_rows(seen)
+            continue
+        inputs, row_ids, weights = next(loaded)
+        yield Batch(inputs, row_ids, weights, seen)
 
 
 def _stream_batches(

@@ -178,9 +178,10 @@ class CentredMoments:
             rows_ND.mul_(root_N1)
         if self.product_dtype == rows_ND.dtype:
             return rows_ND
-        if self._scratch is None or len(self._scratch) < len(rows_ND):
-            self._scratch = torch.empty_like(rows_ND, dtype=self.product_dtype)
-        return self._scratch[: len(rows_ND)].copy_(rows_ND)
+        scratch = self._scratch
+        if scratch is None or len(scratch) < len(rows_ND):
+            self._scratch = scratch = torch.empty_like(rows_ND, dtype=self.product_dtype)
+        return scratch[: len(rows_ND)].copy_(rows_ND)
 
     def _shift_means(self, weight: Tensor, offset_D: Tensor, target_mean_C: Tensor, target_scatter_C: Tensor) -> None:
         """The parts of the merge that the difference of the means brings."""

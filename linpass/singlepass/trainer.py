@@ -16,6 +16,7 @@ from transformers.utils import logging
 from linpass.errors import InputError
 from linpass.singlepass.arguments import SinglePassArguments, parse_class_weight, parse_regularization
 from linpass.singlepass.card import write_card
+from linpass.singlepass.chosen_rows import ChosenRows, check_numbers, row_numbers
 from linpass.singlepass.collection import Collection
 from linpass.singlepass.features import find_head
 from linpass.singlepass.fit import fit_head
@@ -77,6 +78,9 @@ class SinglePassTrainer(Trainer):
             super().__init__(model, args, *arguments, **keywords)
         finally:
             args.max_steps = max_steps
+        # Each batch's loss is its own mean: with several processes transformers would otherwise expect the model to
+        # divide by all rows, and multiply the losses of one that does not by the number of processes.
+        self.model_accepts_loss_kwargs = False
         if args.auto_find_batch_size and args.world_size > 1:  # one process alone would share out the rows anew
             raise InputError(f"auto_find_batch_size=True needs one process, not {args.world_size}")
         if args.match == "sgd" and args.world_size > 1:
@@ -141,14 +145,18 @@ class SinglePassTrainer(Trainer):
         self._check_trained("forget")
         assert self.collection is not None
         self.collection.check_grows()
-        numbers = _row_numbers(rows)
+        numbers = row_numbers(rows)
         if numbers is None and self.collection.by_fold:
             raise InputError("forget(rows) needs row numbers with regularization='kfold', not a data set")
         if numbers is None:
             gone, count = self._read(rows, range(sys.maxsize), every_row=True)
         else:
-            self._check_numbers(numbers)
-            gone, count = self._read(_Chosen(self.train_dataset, numbers), numbers, every_row=True)
+            if not knows_its_length(self.train_dataset):
+                raise InputError("forget(rows) needs a data set of the rows: those of train_dataset have no numbers")
+            total = len(self.train_dataset)  # type: ignore[arg-type]
+            seen = order_of(total, self.args, self._shuffles())[: self.rows_seen]
+            check_numbers(numbers, total, set(seen.tolist()), self.forgotten)
+            gone, count = self._read(ChosenRows(self.train_dataset, numbers), numbers, every_row=True)
         left = self.collection.copy()
         left.subtract(gone, by_number=numbers is not None)
         metrics = self._replace(left, self.rows - count)
@@ -391,21 +399,6 @@ class SinglePassTrainer(Trainer):
         if self.collection is None:
             raise InputError(f"{verb}() needs a pass first: call train()")
 
-    def _check_numbers(self, numbers: list[int]) -> None:
-        if not knows_its_length(self.train_dataset):
-            raise InputError("forget(rows) needs a data set of the rows: train_dataset has no rows with numbers")
-        count = len(self.train_dataset)  # type: ignore[arg-type]
-        seen = set(order_of(count, self.args, self._shuffles())[: self.rows_seen].tolist())
-        gone = set(self.forgotten)
-        for number in numbers:
-            if not 0 <= number < count:
-                raise InputError(f"forget: row {number} must be from 0 to {count - 1}")
-            if number not in seen:
-                raise InputError(f"forget: row {number} must be one that the pass has seen; it stopped before")
-            if number in gone:
-                raise InputError(f"forget: row {number} has been forgotten already, or is named twice")
-            gone.add(number)
-
     def _any_process(self, requested: bool) -> bool:
         if self.args.world_size == 1:
             return requested
@@ -414,27 +407,3 @@ class SinglePassTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Nothing: the encoder is the one that was given, and the head comes from the sums."""
-
-
-class _Chosen(torch.utils.data.Dataset):
-    """Some rows of a data set, in the order of their numbers' list."""
-
-    def __init__(self, dataset: Any, numbers: Sequence[int]):
-        self.dataset, self.numbers = dataset, numbers
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, place: int) -> Any:
-        return self.dataset[self.numbers[place]]
-
-
-def _row_numbers(rows: Any) -> list[int] | None:
-    """The numbers, where ``rows`` are numbers and not a data set."""
-    if isinstance(rows, torch.Tensor) and rows.dim() == 1:
-        rows = rows.tolist()
-    if hasattr(rows, "__array__") and getattr(rows, "ndim", 0) == 1:
-        rows = rows.tolist()
-    if isinstance(rows, (list, tuple, set, range)) and all(isinstance(row, int) for row in rows):
-        return list(rows)
-    return None
