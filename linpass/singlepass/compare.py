@@ -74,7 +74,7 @@ def compare(sources: SourceArguments, arguments: CompareArguments, quiet: bool =
         "test_rows": len(test),
         "classes": train.classes,
         "majority": _majority(train, test),
-        "encoder": sources.model or "a small Linformer trained on the spot by masked tokens",
+        "encoder": sources.model or "a small Linformer, trained on the spot by masked tokens",
         "encoder_parameters": model.num_parameters(),
         "encoder_seconds": None if sources.model else encoder_seconds,
     }
@@ -91,7 +91,7 @@ def compare(sources: SourceArguments, arguments: CompareArguments, quiet: bool =
     with tempfile.TemporaryDirectory(prefix="linpass-compare-") as place:
         path = f"{place}/rows.safetensors"
         work = partial(write_tensors, train, test, row_length(model, sources.max_length), path, quiet)
-        width, features_cost = measured(partial(load_encoder, encoder), work)
+        width, features_cost = measured(partial(_load, encoder), work)
         print(f"{len(train):,} rows for training, {len(test):,} for testing; {width} features each", flush=True)
         results = [run(contestant, path, settings, features_cost, test) for contestant in contestants()]
     result: dict[str, Any] = facts | {
@@ -180,6 +180,11 @@ def check_result_folder(folder: Path) -> None:
         raise InputError(f"output_dir={str(folder)!r} must be a folder; {str([taken, *blocked][-1])!r} is in the way")
     if not os.access(taken, os.W_OK | os.X_OK):
         raise InputError(f"output_dir={str(folder)!r} must be writable")
+
+
+def _load(encoder: str) -> tuple[Any, Any]:
+    logging.disable_progress_bar()  # of this process
+    return load_encoder(encoder)
 
 
 def _fit(fit: Any, settings: Settings, rows: dict[str, Tensor]) -> tuple[Tensor, str]:

@@ -106,4 +106,4 @@ def _seconds(number: float) -> str:
 
 def _rows_in_words(result: dict[str, Any]) -> str:
     rows = result["rows"]
-    return (rows if isinstance(rows, str) else ", ".join(rows)).capitalize()
+    return rows if isinstance(rows, str) else ", ".join(Path(name).name for name in rows)

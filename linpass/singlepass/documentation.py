@@ -78,9 +78,7 @@ def documentation_rows(
                     f"the default text needs {sum(wanted.values())} passages in the source files of {package}, there "
                     f"are {held}; an installation without .py files has none: give --text_files or --dataset"
                 )
-    train, test = (
-        LabelledText(*map(list, zip(*rows[side], strict=True)), classes=list(packages)) for side in ("train", "test")
-    )
+    train, test = (_shuffled(rows[side], list(packages)) for side in ("train", "test"))
     return train, test
 
 
@@ -118,6 +116,13 @@ def clean_passage(paragraph: str) -> str | None:
     plain = sum(1 for word in words if _PLAIN.fullmatch(word))
     is_prose = plain >= PROSE * len(words) and text[:1].isupper() and text.endswith(".")
     return text if len(words) in WORDS and is_prose else None
+
+
+def _shuffled(rows: list[tuple[str, int]], classes: list[str]) -> LabelledText:
+    """The rows in an order that their texts decide; gradient descent in the order of the data must not meet one class
+    after the other."""
+    rows = sorted(rows, key=lambda row: hashlib.blake2b(row[0].encode("utf-8", "replace"), digest_size=8).digest())
+    return LabelledText([text for text, _label in rows], [label for _text, label in rows], classes)
 
 
 def _source_files(package: str, test_share: float) -> Iterator[tuple[str, Path]]:

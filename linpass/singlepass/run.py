@@ -10,6 +10,7 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
 
 from linpass.errors import InputError
+from linpass.singlepass.card import write_card
 from linpass.singlepass.command_arguments import SourceArguments
 from linpass.singlepass.command_parser import SinglePassRunArguments
 from linpass.singlepass.labelled_text import LabelledText
@@ -93,9 +94,10 @@ def train_single_pass(sources: SourceArguments, arguments: SinglePassRunArgument
         train_rows=len(train),
         test_rows=len(test),
     )
-    save_finished_model(
-        trainer, output, [], lambda folder: write_card(folder, card(result, sources, arguments, train.classes))
-    )
+    if repo_id is not None:
+        trainer.hub_model_id = repo_id  # the card says how to load it from there
+    facts = {"model_name": output.name, "dataset": data_name(sources)}
+    save_finished_model(trainer, output, [], lambda folder: write_card(folder, trainer, **facts))
     if checkpoints.is_dir() and not any(checkpoints.iterdir()) and trainer.is_world_process_zero():
         checkpoints.rmdir()  # the Trainer made it and had nothing to put there
         if not any(checkpoints.parent.iterdir()):
@@ -136,6 +138,11 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float((np.argmax(logits, axis=1) == prediction.label_ids).mean())}
 
 
+def data_name(sources: SourceArguments) -> str:
+    """What the rows are called."""
+    return sources.dataset or ", ".join(Path(name).name for name in sources.text_files or ()) or DEFAULT_ROWS
+
+
 def report(result: RunResult, output_dir: str, test: LabelledText) -> str:
     """What the command prints at its end."""
     most = max(test.labels.count(label) for label in range(len(test.classes))) / len(test)
@@ -150,41 +157,6 @@ def report(result: RunResult, output_dir: str, test: LabelledText) -> str:
             *(f"  {line}" for line in _usage(output_dir)),
         ]
     )
-
-
-def card(result: RunResult, sources: SourceArguments, arguments: SinglePassRunArguments, classes: list[str]) -> str:
-    """The text of the model card, from what was measured."""
-    rows = sources.dataset or ", ".join(Path(name).name for name in sources.text_files or ()) or DEFAULT_ROWS
-    encoder = sources.model or "a small Linformer, trained on the spot by masked tokens"
-    name = Path(arguments.output_dir).expanduser().resolve().name
-    return "\n".join(
-        [
-            "---",
-            "library_name: transformers",
-            "pipeline_tag: text-classification",
-            "tags: [linpass, closed-form]",
-            "---",
-            f"# {name}",
-            "",
-            f"A classifier for {', '.join(classes[:20])}{', ...' if len(classes) > 20 else ''}: a closed-form head on "
-            f"a frozen encoder ({encoder}), fitted in one pass over {result.train_rows:,} rows ({rows}).",
-            "",
-            f"Accuracy on {result.test_rows:,} rows that were held out: {100 * result.accuracy:.2f} ± "
-            f"{100 * result.accuracy_standard_error:.2f} % (one standard error); mean loss {result.loss:.4f}.",
-            f"kernel={arguments.kernel}, match={arguments.match}, regularization={arguments.regularization}, "
-            f"seed={arguments.seed}.",
-            "",
-            "```python",
-            *_usage(name),
-            "```",
-            "",
-        ]
-    )
-
-
-def write_card(folder: Path, text: str) -> None:
-    """Write README.md."""
-    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def say(arguments: SinglePassRunArguments, text: str) -> None:

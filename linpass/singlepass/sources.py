@@ -25,7 +25,7 @@ from linpass.singlepass.labelled_text import (
 from linpass.training.arguments import DataArguments
 from linpass.training.preparation import cache_folder, check_data
 
-DEFAULT_ROWS = "passages from the documentation of torch and of transformers"
+DEFAULT_ROWS = "Passages from the documentation of torch and of transformers"
 FEATURE_ROWS = 64  # of a batch through the encoder
 
 
