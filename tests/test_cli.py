@@ -34,7 +34,16 @@ def refused(capsys, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["generate", "--help"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["generate", "--help"],
+        ["compare", "--help"],
+        ["train", "--method", "single-pass", "-h"],
+    ],
+)
 def test_help_imports_no_torch(arguments):
     code = (
         f"import sys; sys.argv = ['linpass', *{arguments}]; from linpass.cli import main\n"
@@ -59,15 +68,16 @@ def test_help_all_lists_the_flags_of_the_trainer(capsys):
     assert "--embed_dim" in text
 
 
-def test_root_script_is_the_command():
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_root_scripts_are_the_commands(command):
     run = subprocess.run(
-        [sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, f"{command}.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
     )
-    assert run.stdout.startswith("usage: linpass train")
+    assert run.stdout.startswith(f"usage: linpass {command}")
 
 
 def test_no_command(refused):
-    assert "train,evaluate,generate" in refused()
+    assert "train,evaluate,generate,compare" in refused()
 
 
 def test_unknown_flag_names_the_nearest(refused):
@@ -271,3 +281,65 @@ def test_half_a_character_is_refused(refused, tmp_path):
     assert "half.jsonl' line 1: 'text' must be text" in refused(
         "train", "--preset", "debug", "--text_files", "half.jsonl"
     )
+
+
+@pytest.mark.parametrize("command", [["compare"], ["train", "--method", "single-pass"]])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--learning_rates", "1"], "--learning_rates is no flag of linpass {command}; nearest: learning_rate"),
+        (["--text_files", "none.jsonl"], "text_files='none.jsonl' must be a file; none there"),
+        (["--text_files", "rows.txt"], "text_files='rows.txt' must end in one of .jsonl"),
+        (["--text_files", "rows.jsonl"], "row 1 must have the column label_column='label'; there is: text"),
+        (["--text_files", "one.jsonl"], "must hold rows of two classes or more; the labels are: 7"),
+        (["--text_files", "one.jsonl", "--dataset", "x"], "text_files and dataset exclude each other"),
+        (["--test_files", "one.jsonl"], "test_files needs --text_files"),
+        (["--test_split", "test"], "test_split needs --dataset"),
+        (["--test_fraction", "1"], "test_fraction=1.0 must be more than 0 and less than 1"),
+        (["--max_length", "0"], "max_length=0 must be 1 or more"),
+        (["--model", "nowhere"], "model='nowhere' must hold an encoder and its tokenizer"),
+        (["--cache_dir", "/dev/null/rows"], "cache_dir='/dev/null/rows' must be a folder that can be written to"),
+    ],
+)
+def test_rows_and_encoders_that_cannot_be_used(command, flags, message, refused, tmp_path):
+    (tmp_path / "rows.txt").write_text("text")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "a"}))
+    (tmp_path / "one.jsonl").write_text(json.dumps({"text": "a", "label": 7}))
+    assert message.format(command=" ".join(command)) in refused(*command, *flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--epochs", "0"], "epochs=0 must be 1 or more"),
+        (["--batch_size", "0"], "batch_size=0 must be 1 or more"),
+        (["--learning_rate", "nan"], "learning_rate=nan must be more than 0, and finite"),
+        (["--seed", "-1"], "seed=-1 must be 0 or more"),
+        (["--output_dir", "file"], "output_dir='file' must be a folder"),
+    ],
+)
+def test_settings_of_compare(flags, message, refused, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    assert message in refused("compare", *flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--kernel", "quadratic"], "kernel='quadratic' must be one of linear"),
+        (["--match", "adam"], "match='adam' must be one of ridge, gd, sgd, batch_aware"),
+        (["--regularization", "-1"], "regularization='-1' must be a number, 0 or more"),
+        (["--output_dir", "thesis"], "it holds chapter1.txt"),
+        (["--resume_from_checkpoint", "nowhere"], "resume_from_checkpoint='nowhere' must be a folder"),
+        (["--eval_strategy", "never"], "never"),
+    ],
+)
+def test_settings_of_single_pass_training(flags, message, refused, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/chapter1.txt").write_text("years of work")
+    assert message in refused("train", "--method", "single-pass", *flags)
+
+
+def test_methods_of_training(refused):
+    assert "--method" in refused("train", "--method", "double-pass")
+    assert "--embed_dims is no flag of linpass train" in refused("train", "--method", "gradient", "--embed_dims", "64")

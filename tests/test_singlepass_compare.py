@@ -86,7 +86,12 @@ def packages(tmp_path, monkeypatch):
 def test_the_default_rows_are_balanced_and_no_passage_is_on_both_sides(packages):
     train, test = documentation_rows(packages, 80, 20, quiet=True)
     assert train.classes == test.classes == list(packages)
-    assert [train.labels.count(0), train.labels.count(1), test.labels.count(0), test.labels.count(1)] == [40, 40, 10, 10]
+    assert [train.labels.count(0), train.labels.count(1), test.labels.count(0), test.labels.count(1)] == [
+        40,
+        40,
+        10,
+        10,
+    ]
     assert not set(train.texts) & set(test.texts)
     assert len(set(train.texts)) == 80
     assert documentation_rows(packages, 80, 20, quiet=True) == (train, test)
@@ -146,8 +151,8 @@ def test_the_default_rows_are_kept_and_made_again_when_damaged(packages, tmp_pat
             "Returns what Library.nn.Module computes of all the inputs that Library was given in one call.",
         ),
         (
-            "See the [guide](https://a.b/c) of Transformers for what `this` does to each of the tokens that it is given.",
-            "See the guide of Library for what this does to each of the tokens that it is given.",
+            "See the [guide](https://a.b/c) of Transformers for what `this` does to each token that it is given.",
+            "See the guide of Library for what this does to each token that it is given.",
         ),
     ],
 )
@@ -277,9 +282,7 @@ def test_an_epoch_of_the_simple_transformer_visits_every_row_once(rows, monkeypa
     ids_NT = torch.arange(70)[:, None].expand(70, 4)
     lengths_N, labels_N = torch.randint(1, 5, (70,)), torch.zeros(70, dtype=torch.int64)
     model = SimpleTransformer(70, 2, 4)
-    train_simple_transformer(
-        model, ids_NT, lengths_N, labels_N, epochs=1, batch_size=8, learning_rate=1e-3, quiet=True
-    )
+    train_simple_transformer(model, ids_NT, lengths_N, labels_N, epochs=1, batch_size=8, learning_rate=1e-3, quiet=True)
     assert sorted(torch.cat(seen).tolist()) == list(range(70))
     assert max(map(len, seen)) == 8
 

@@ -204,8 +204,11 @@ def test_every_choice_of_the_fit_is_in_the_card(tmp_path):
         ({"regularization": "gcv", "calibrate": True}, ["chosen by generalised cross-validation |", "were calibrated"]),
         ({"regularization": "kfold"}, ["chosen by cross-validation over folds |"]),
         ({"regularization": "loo"}, ["chosen by leave-one-out |"]),
-        ({"estimator": "logistic"}, ["logistic regression, one pass", "| 0.7, given |", "were calibrated"]),
-        ({"estimator": "logistic", "regularization": "gcv"}, ["chosen by the loss of held-out rows |"]),
+        ({"estimator": "logistic"}, ["logistic regression, one pass", "| 0.7, given |", "not calibrated"]),
+        (
+            {"estimator": "logistic", "regularization": "auto"},
+            ["| regularization | 0.", ", the default for few rows |"],
+        ),
         ({"estimator": "discriminant"}, ["| fitted by | the linear discriminant"]),
         ({"match": "gd", "num_train_epochs": 9}, ["match=gd, 9 steps with learning rate 5e-05"]),
         ({"match": "sgd", "learning_rate": 0.01}, ["match=sgd, 3 epochs with learning rate 0.01"]),

@@ -440,7 +440,7 @@ def test_refits_that_need_another_pass(tmp_path):
         with pytest.raises(InputError, match=f"need|{name}"):
             trainer.refit(**{name: value})
         assert_unchanged(trainer, before)
-    assert trainer.args.regularization == "gcv"
+    assert trainer.args.regularization == "auto"
     trainer.refit(regularization=2.0, estimator="discriminant")
 
 

@@ -14,7 +14,7 @@ ESTIMATORS = ("auto", "ridge", "discriminant", "logistic")
 MATCHES = ("ridge", "gd", "sgd", "batch_aware")
 PRECISIONS = ("mixed", "float64", "tsqr")
 POOLINGS = ("mean", "first", "last")
-CRITERIA = ("gcv", "kfold", "loo")
+CRITERIA = ("auto", "gcv", "kfold", "loo")
 
 
 @dataclass
@@ -59,10 +59,11 @@ class SinglePassArguments(TrainingArguments):
     )
     normalize: bool = field(default=False, metadata={"help": "Scale every row of features to norm one."})
     regularization: str = field(
-        default="gcv",
+        default="auto",
         metadata={
             "help": "A number as scikit-learn's alpha, or how to choose one: gcv, kfold (fold statistics of the same "
-            "pass), loo (a second look at the features, which are kept in memory)."
+            "pass), loo (a second look at the features, which are kept in memory); auto: gcv, and the loss of held-out "
+            "rows for estimator=logistic."
         },
     )
     folds: int = field(default=5, metadata={"help": "Of regularization=kfold."})
@@ -79,11 +80,11 @@ class SinglePassArguments(TrainingArguments):
         metadata={
             "help": "Of match=ridge. ridge: squared error; discriminant: the linear discriminant in the same sums; "
             "logistic: logistic regression started and preconditioned by them, on rows kept in memory; auto: logistic "
-            "where a row has one label and the kernel is linear, else ridge."
+            "where a row has one label, the kernel is linear and the regularization auto, else ridge."
         },
     )
     kept_rows: int = field(
-        default=200_000, metadata={"help": "Rows that estimator=logistic keeps at most; of more, a random sample."}
+        default=100_000, metadata={"help": "Rows that estimator=logistic keeps at most; of more, a random sample."}
     )
     momentum: float = field(default=0.0, metadata={"help": "Of match=sgd."})
     class_weight: str | None = field(
@@ -110,6 +111,10 @@ class SinglePassArguments(TrainingArguments):
         super().__post_init__()
         self.regularization: Any = parse_regularization(self.regularization)  # a flag is text, a field a number
         self.class_weight: Any = parse_class_weight(self.class_weight)
+        self.check_closed_form()
+
+    def check_closed_form(self) -> None:
+        """Raise InputError for fields out of their range, or that do not fit each other."""
         choices = {"kernel": KERNELS, "match": MATCHES, "precision": PRECISIONS, "estimator": ESTIMATORS}
         if self.pooling is not None:
             choices["pooling"] = POOLINGS
@@ -123,15 +128,17 @@ class SinglePassArguments(TrainingArguments):
                 raise InputError(f"{name}={getattr(self, name)} must be {bound} or more")
         if self.bandwidth is not None and not 0 < self.bandwidth < math.inf:
             raise InputError(f"bandwidth={self.bandwidth} must be more than 0")
-        self.check_closed_form()
-
-    def check_closed_form(self) -> None:
-        """Raise InputError for fields that do not fit each other."""
         number = isinstance(self.regularization, float)
         whole_epochs = float(self.num_train_epochs).is_integer() and self.num_train_epochs >= 0
         streamed = ", ".join(STREAMED)
         rules = {
-            "match='batch_aware' needs a number as regularization": self.match != "batch_aware" or number,
+            "match='batch_aware' needs a number above 0 as regularization": (
+                self.match != "batch_aware" or (number and self.regularization > 0)
+            ),
+            "match='gd' needs num_train_epochs of 1 or more": self.match != "gd" or self.num_train_epochs >= 1,
+            f"estimator='logistic' needs regularization auto or a number above 0, not {self.regularization!r}": (
+                self.estimator != "logistic" or self.regularization == "auto" or (number and self.regularization > 0)
+            ),
             f"match={self.match!r} needs a kernel of one pass: {streamed}": self.match == "ridge" or self.streamed,
             "match='sgd' weighs every row the same: class_weight, sample_weight_column must not be set": (
                 self.match != "sgd" or not (self.class_weight or self.sample_weight_column)
@@ -145,7 +152,7 @@ class SinglePassArguments(TrainingArguments):
             f"estimator={self.estimator!r} needs a kernel of one pass: {streamed}": (
                 self.streamed or self.estimator in ("auto", "ridge")
             ),
-            "class_weight needs regularization gcv, loo or a number": (
+            "class_weight needs regularization auto, gcv, loo or a number": (
                 not self.class_weight or self.regularization != "kfold"
             ),
             f"regularization='kfold' needs a kernel of one pass: {streamed}": (

@@ -79,6 +79,7 @@ class BlockSum:
         self._device = device
         self._block: Block | None = None
         self._state = self._empty_state()
+        self.changes = 0  # counts up: what was computed from the sums holds as long as it stays
 
     def _empty_state(self) -> CentredMoments | TriangularFactor:
         features, targets, precision = self.sizes.values()
@@ -108,6 +109,7 @@ class BlockSum:
     @torch.inference_mode(False)
     @torch.no_grad()
     def append(self, features_ND: Tensor, targets: Tensor, weights_N: Tensor | None) -> None:
+        self.changes += 1
         if self._block is None or self._block.targets.ndim != targets.ndim:
             self.flushed()
             self._block = self._new_block(targets)
@@ -130,6 +132,7 @@ class BlockSum:
     @torch.no_grad()
     def merge(self, other: "BlockSum") -> None:
         """Add the rows of ``other``, which stays."""
+        self.changes += 1
         other = self.partner(other)
         if other.rows:
             self.flushed().merge(other.flushed())  # pyright: ignore[reportArgumentType]
@@ -138,6 +141,7 @@ class BlockSum:
     @torch.no_grad()
     def subtract(self, other: "BlockSum") -> None:
         """Take out the rows of ``other``, for which :meth:`check_contains` has passed."""
+        self.changes += 1
         other = self.partner(other)
         if not other.rows:
             return
@@ -195,6 +199,7 @@ class BlockSum:
     @torch.no_grad()
     def scale(self, factor: float) -> None:
         """Every weight times ``factor``."""
+        self.changes += 1
         self.flushed().scale(factor)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -210,6 +215,7 @@ class BlockSum:
         Raises:
             InputError: names, shapes or dtypes of another size or precision. Nothing has changed then.
         """
+        self.changes += 1
         mine = {"rows": torch.tensor(0), **self.flushed().tensors()}
         if missing := sorted(mine.keys() - tensors.keys()):
             raise InputError(f"{missing[0]} is missing: not statistics of precision {self.sizes['precision']!r}")

@@ -20,7 +20,12 @@ if TYPE_CHECKING:
     from linpass.singlepass.trainer import SinglePassTrainer
 
 TAGS = ["linpass", "single-pass"]
-CRITERIA = {"gcv": "generalised cross-validation", "loo": "leave-one-out", "kfold": "cross-validation over folds"}
+CRITERIA = {
+    "auto": "generalised cross-validation",
+    "gcv": "generalised cross-validation",
+    "loo": "leave-one-out",
+    "kfold": "cross-validation over folds",
+}
 NOT_RESULTS = ("runtime", "_per_second", "preparation_time")
 SHOWN_LABELS = 20
 
@@ -157,8 +162,10 @@ def _regularization(trainer: "SinglePassTrainer") -> str | None:
     chosen = trainer.args.regularization
     if not isinstance(chosen, str):
         return f"{number}, given"
-    logistic = trainer.task is not None and estimator_for(trainer.args, trainer.task) == "logistic"
-    return f"{number}, chosen by {'the loss of held-out rows' if logistic else CRITERIA[chosen]}"
+    if trainer.solution.method == "logistic":
+        few = trainer.solution.criterion is None
+        return f"{number}, {'the default for few rows' if few else 'chosen by the loss of held-out rows'}"
+    return f"{number}, chosen by {CRITERIA[chosen]}"
 
 
 def _pipeline_tag(model: Any) -> str:
@@ -273,7 +280,8 @@ def _limits(trainer: "SinglePassTrainer") -> str:
     if tag == "text-generation":
         limits.append("What it writes may read well and be invented; nothing of it is checked.")
     elif task is not None and task.kind != "regression":
-        calibrated = trainer.temperature is not None or "logistic" in _method(trainer)
+        chosen = getattr(trainer.solution, "method", "") == "logistic" and trainer.solution.criterion is not None
+        calibrated = trainer.temperature is not None or (chosen and trainer.args.calibrate)
         limits.append(
             "Its probabilities were calibrated on rows of the training set; on texts of another kind they may be wrong."
             if calibrated

@@ -47,6 +47,7 @@ class Collection:
         self.seed, self.task, self.estimator = arguments.seed, task, estimator_for(arguments, task)
         self.statistics: RidgeStatistics | GroupedStatistics | None = None
         self.by_class = arguments.class_weight is not None
+        self._check_settings(arguments)
         if arguments.match == "sgd":
             self.sgd = SgdBatches(
                 SGDMap(
@@ -81,6 +82,17 @@ class Collection:
         if arguments.calibrate and kind != "regression" and arguments.match == "ridge" and self.rows is None:
             self.sample = RowStore(None if every_row else arguments.calibration_rows, arguments.seed)
 
+    def _check_settings(self, arguments: SinglePassArguments) -> None:
+        """Raise InputError for what the solve would refuse, before any row is read."""
+        _features, task, intercept, _device = self._sizes
+        given = arguments.class_weight
+        if isinstance(given, list) and len(given) != task.num_targets:
+            raise InputError(
+                f"class_weight={given} has {len(given)} numbers; it must have one per class, {task.num_targets}"
+            )
+        if estimator_for(arguments, task) == "discriminant" and not intercept:
+            raise InputError("estimator='discriminant' needs a head with a bias; this model's has none")
+
     def add(self, rows: Rows) -> None:
         """Take in rows.
 
@@ -90,7 +102,6 @@ class Collection:
         if self.sgd is not None:
             self.sgd.add(rows)
         if isinstance(self.statistics, GroupedStatistics):
-            self._check_class_ids(rows)
             groups_N = rows.targets if self.by_class else fold_of(rows.row_ids, self.seed, len(self.statistics.groups))
             self.statistics.update(rows.features_ND, rows.targets, rows.weights_N, groups_N, row_ids=rows.row_ids)
         elif self.statistics is not None:
@@ -98,18 +109,6 @@ class Collection:
         for store in (self.rows, self.sample):
             if store is not None:
                 store.add(rows)
-
-    def _check_class_ids(self, rows: Rows) -> None:
-        assert isinstance(self.statistics, GroupedStatistics)
-        if not self.by_class or not len(rows.targets):
-            return
-        wrong_N = (rows.targets < 0) | (rows.targets >= len(self.statistics.groups))
-        if bool(wrong_N.any()):
-            place = int(wrong_N.int().argmax())
-            raise InputError(
-                f"row {int(rows.row_ids[place])}: label {int(rows.targets[place])} must be from 0 to "
-                f"{len(self.statistics.groups) - 1}"
-            )
 
     def empty(self, every_row: bool = False) -> "Collection":
         """Another one, for more rows of the same kind."""
@@ -122,6 +121,7 @@ class Collection:
 
     def check_fits(self, arguments: SinglePassArguments) -> None:
         """Raise InputError for settings of a solve that this pass did not keep what is needed for."""
+        self._check_settings(arguments)
         if (self.sgd is None) == (arguments.match == "sgd"):
             raise InputError(f"match={arguments.match!r} needs another pass: match='sgd' keeps steps, the others sums")
         if self.sgd is not None:
@@ -140,6 +140,12 @@ class Collection:
         """Raise InputError where rows of another pass cannot be added or taken out."""
         if self.sgd is not None:
             raise InputError("match='sgd' depends on the order of all rows: train again with the others")
+
+    def check_forgets(self) -> None:
+        """Raise InputError where rows cannot be taken out again."""
+        self.check_grows()
+        if self.arguments.precision == "tsqr" and self.statistics is not None:
+            raise InputError("precision='tsqr' takes no rows back: train with mixed or float64 to forget")
 
     def merge(self, other: "Collection") -> None:
         """Take in what another collection of the same settings has seen."""
@@ -230,7 +236,8 @@ def estimator_for(arguments: SinglePassArguments, task: Task) -> str:
     one_label = task.kind == "single_label_classification"
     if arguments.estimator == "auto":
         suits = one_label and not task.every_token and arguments.kernel == "linear"
-        return "logistic" if suits and arguments.match == "ridge" else "ridge"
+        free = arguments.match == "ridge" and arguments.regularization == "auto"
+        return "logistic" if suits and free else "ridge"
     if arguments.estimator != "ridge" and not one_label:
         raise InputError(f"estimator={arguments.estimator!r} needs one label per row, not problem_type={task.kind!r}")
     return arguments.estimator
@@ -254,11 +261,16 @@ class SgdBatches:
         self.map, self.batch_size = sgd_map, batch_size
         self._features: list[Tensor] = []
         self._targets: list[Tensor] = []
+        self.rows = 0
+        self.classes = torch.empty(0, dtype=torch.long)  # that were seen, where targets are classes
 
     def add(self, rows: Rows) -> None:
         """Take in the next rows; those that do not fill a batch wait."""
         self._features.append(rows.features_ND)
         self._targets.append(rows.targets)
+        self.rows += len(rows.targets)
+        if not rows.targets.is_floating_point():
+            self.classes = torch.cat((self.classes, rows.targets.cpu())).unique()
         features_ND, targets = torch.cat(self._features), torch.cat(self._targets)
         whole = len(features_ND) // self.batch_size * self.batch_size
         for start in range(0, whole, self.batch_size):
@@ -275,9 +287,11 @@ class SgdBatches:
     def state_dict(self) -> dict[str, Tensor]:
         waiting = {"waiting_features": self._features, "waiting_targets": self._targets}
         state = {f"map.{name}": tensor for name, tensor in self.map.state_dict().items()}
-        return state | {name: torch.cat(parts) for name, parts in waiting.items() if parts}
+        state |= {"rows": torch.tensor(self.rows), "classes": self.classes}
+        return state | {n: torch.cat(parts) for n, parts in waiting.items() if parts}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.rows, self.classes = int(state["rows"]), state["classes"]
         self.map.load_state_dict({k.removeprefix("map."): v for k, v in state.items() if k.startswith("map.")})
         self._features = [state["waiting_features"]] if "waiting_features" in state else []
         self._targets = [state["waiting_targets"]] if "waiting_targets" in state else []

@@ -109,7 +109,8 @@ _DEFAULTS = (
 )
 _TRAINING = (
     ("kernel", "linear", "linear, relu, rff, nystrom, rbf, laplace, polynomial, arc_cosine, deep"),
-    ("regularization", "gcv", "a number, or how to choose one: gcv, kfold, loo"),
+    ("regularization", "auto", "a number, or how to choose one: auto, gcv, kfold, loo"),
+    ("estimator", "auto", "of match=ridge: ridge, discriminant, logistic; auto: logistic with the linear kernel"),
     ("match", "ridge", "what the solution equals: ridge, gd, sgd, batch_aware"),
     ("output_dir", "./final_model", "the finished model; complete or not there"),
     ("epochs", 3, "short for --num_train_epochs; of match=gd, sgd, batch_aware, else without meaning"),

@@ -33,7 +33,6 @@ class SinglePassRunArguments(SinglePassArguments):
     )
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "the same for the test rows"})
     save_strategy: str = field(default="no", metadata={"help": "no, steps: checkpoints of the pass"})
-    report_to: Any = field(default="none", metadata={"help": "where to log to, as in transformers"})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -40,7 +40,7 @@ from linpass.singlepass.sources import (
 )
 from linpass.training.run_log import replacing
 
-# The heads' are customary for them; as many of the transformer from scratch would take five minutes on two cores.
+# The heads' are customary for them; fifty of the transformer from scratch take five minutes of one core.
 HEAD_EPOCHS, SCRATCH_EPOCHS = 50, 10
 RESULT_NAME, PLOT_NAME = "compare.json", "compare.png"
 

@@ -78,7 +78,8 @@ class Contestant:
     @property
     def missing(self) -> str:
         """The package that has to be installed first; empty where nothing is missing."""
-        return next((name for name in self.warm_up if find_spec(name.partition(".")[0]) is None), "")
+        tops = (name.partition(".")[0] for name in self.warm_up)
+        return next((name for name in tops if find_spec(name) is None), "")
 
 
 def contestants() -> list[Contestant]:
@@ -92,7 +93,7 @@ def contestants() -> list[Contestant]:
         ),
         Contestant("ridge, gcv", closed, ridge),
         Contestant(f"ridge on {RANDOM_FEATURES} relu features, gcv", closed, relu_ridge),
-        Contestant("ridge, then logistic polish", closed, logistic_polish),
+        Contestant("logistic polish of the ridge (default)", closed, logistic_polish),
         Contestant("match=sgd: the same epochs of SGD", closed, partial(matched, "sgd")),
         Contestant("match=gd: as many full steps", closed, partial(matched, "gd")),
         Contestant("match=batch_aware, lambda 1", closed, partial(matched, "batch_aware")),

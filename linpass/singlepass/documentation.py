@@ -6,9 +6,8 @@ file's passages are all for training or all for testing, and no passage is on bo
 
 What would give the answer away is taken out: the packages' own names become "Library", and markup, which the two
 projects write differently, is removed. What is left has to be told by what it speaks of: tensors, kernels and graphs,
-or models, tokens and configurations. Word counts with logistic regression get some 86 % of balanced rows right, frozen
-sentence embeddings of a pretrained model some 84 %: neither trivial nor noise. The rows depend on the installed
-versions of the two packages and on nothing else.
+or models, tokens and configurations. Logistic regression on weighted word counts gets some 84 % of the balanced rows
+right: neither trivial nor noise. The rows depend on the installed versions of the two packages and on nothing else.
 """
 
 import ast

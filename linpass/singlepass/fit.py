@@ -46,6 +46,7 @@ def fit_head(collection: Collection, arguments: SinglePassArguments, intercept: 
     """
     epochs = arguments.num_train_epochs
     if collection.sgd is not None:
+        check_classes(collection.sgd.classes, collection.sgd.rows, collection.task.kind)
         return Fit(collection.sgd.finish().solve(int(epochs)), None, None)
     statistics = weighted_total(collection, arguments)
     check_targets(statistics, collection.task.kind)
@@ -74,7 +75,7 @@ def fit_head(collection: Collection, arguments: SinglePassArguments, intercept: 
 
 
 def _wants_temperature(collection: Collection, arguments: SinglePassArguments) -> bool:
-    """A head that imitates a procedure stays as that left it; logistic regression was calibrated where it was chosen."""
+    """A head that imitates a procedure stays as it left it; logistic regression was calibrated where it was chosen."""
     own = arguments.match == "ridge" and estimator_for(arguments, collection.task) != "logistic"
     return own and arguments.calibrate and collection.task.kind != "regression"
 
@@ -86,9 +87,10 @@ def _estimated(
     if estimator == "logistic":
         rows = kept_rows(collection, arguments, statistics)
         looked_at = (rows["features_ND"], rows["targets"], statistics.spectrum(intercept))
-        if isinstance(arguments.regularization, float):
-            return logistic_regression(*looked_at, arguments.regularization, rows["weights_N"])
-        return choose_logistic(*looked_at, rows["weights_N"])
+        if not isinstance(arguments.regularization, float):
+            return choose_logistic(*looked_at, rows["weights_N"], calibrate=arguments.calibrate)
+        share = rows["weights_N"].sum().item() / statistics.weight  # of the rows, where only a sample was kept
+        return logistic_regression(*looked_at, arguments.regularization * share, rows["weights_N"])
     solution = _ridge(collection, statistics, arguments, intercept)
     if estimator == "discriminant":
         return discriminant(statistics, solution.regularization)
@@ -107,7 +109,8 @@ def _ridge(
         if not isinstance(collection.statistics, GroupedStatistics) or collection.by_class:
             raise InputError("regularization='kfold' needs the sums per fold of a pass with the same setting")
         return solve_ridge(collection.statistics, "kfold", fit_intercept=intercept)
-    return solve_ridge(statistics, arguments.regularization, fit_intercept=intercept)
+    chosen_by = "gcv" if arguments.regularization == "auto" else arguments.regularization
+    return solve_ridge(statistics, chosen_by, fit_intercept=intercept)
 
 
 def weighted_total(collection: Collection, arguments: SinglePassArguments) -> RidgeStatistics:
@@ -121,26 +124,30 @@ def weighted_total(collection: Collection, arguments: SinglePassArguments) -> Ri
 
 
 def class_weights(groups: GroupedStatistics, arguments: SinglePassArguments) -> Tensor:
-    """[C]: what was given, or N / (C n_c) as scikit-learn's "balanced"."""
-    if arguments.class_weight == "balanced":
-        weight_C = torch.tensor([group.weight for group in groups.groups], dtype=torch.float64)
-        seen = weight_C > 0
-        return torch.where(seen, weight_C.sum() / (seen.sum() * weight_C.clamp(min=1e-300)), 0.0)
-    if len(arguments.class_weight) != len(groups.groups):
-        raise InputError(
-            f"class_weight={arguments.class_weight} has {len(arguments.class_weight)} numbers; "
-            f"it must have one per class, {len(groups.groups)}"
-        )
-    return torch.tensor(arguments.class_weight, dtype=torch.float64)
+    """[C]: what was given, or W / (C W_c) of the weights W_c of the classes, as scikit-learn's "balanced"."""
+    return weights_of_classes(torch.tensor([group.weight for group in groups.groups]), arguments.class_weight)
+
+
+def weights_of_classes(weight_C: Tensor, wanted: Any) -> Tensor:
+    """[C] from the sums of the rows' weights by class, for "balanced" or numbers; classes without rows get 0."""
+    if wanted != "balanced":
+        return torch.tensor(wanted, dtype=torch.float64)
+    weight_C = weight_C.double()
+    seen_C = weight_C > 0
+    return torch.where(seen_C, weight_C.sum() / (seen_C.sum() * weight_C.clamp(min=1e-300)), 0.0)
 
 
 def check_targets(statistics: RidgeStatistics, kind: str) -> None:
     """Raise InputError for no rows, or rows of one class."""
     if statistics.rows == 0:
         raise InputError("train_dataset must hold at least one row with a label, got none")
-    if kind == "single_label_classification" and int((statistics.target_mean_C > FORGOTTEN).sum()) < 2:
-        only = int(statistics.target_mean_C.argmax())
-        raise InputError(f"all {statistics.rows:,} rows have label {only}: a classifier needs rows of two classes")
+    check_classes((statistics.target_mean_C > FORGOTTEN).nonzero()[:, 0], statistics.rows, kind)
+
+
+def check_classes(classes: Tensor, rows: int, kind: str) -> None:
+    """Raise InputError for rows of one class only."""
+    if kind == "single_label_classification" and len(classes) < 2:
+        raise InputError(f"all {rows:,} rows have label {int(classes[0])}: a classifier needs rows of two classes")
 
 
 def kept_rows(collection: Collection, arguments: SinglePassArguments, statistics: RidgeStatistics) -> dict[str, Tensor]:
@@ -164,7 +171,8 @@ def calibration(
 ) -> float | None:
     """The temperature under which leave-one-out predictions of the kept rows are the best probabilities.
 
-    Of a discriminant, whose predictions are left out of nothing, their own. None with fewer than FEWEST_TO_CALIBRATE usable rows. Cost: O(m D (D + C)) for m rows.
+    Of a discriminant, which leaves no row out, its own predictions. None with fewer than FEWEST_TO_CALIBRATE usable
+    rows. Cost: O(m D (D + C)) for m rows.
     """
     rows: dict[str, Any] = kept_rows(collection, arguments, statistics)
     count = min(len(rows.get("keys", ())), max(FEWEST_TO_CALIBRATE, MOST_LOGITS // statistics.num_targets))
@@ -181,10 +189,16 @@ def calibration(
     if int(usable_N.sum()) < FEWEST_TO_CALIBRATE:
         return None
     logits_NC, targets, weights = logits_NC[usable_N], targets[usable_N], weights[usable_N]
-    if targets.is_floating_point():  # each label on its own: the sigmoid of z is the softmax of (0, z)
-        labels, weights = targets.flatten() > 0, weights[:, None].expand_as(targets).flatten()
-        return fit_temperature(torch.stack((torch.zeros_like(logits_NC), logits_NC), -1).flatten(0, 1), labels, weights)
-    return fit_temperature(logits_NC, targets, weights)
+    return best_temperature(logits_NC, targets, weights)
+
+
+def best_temperature(logits_NC: Tensor, targets: Tensor, weights_N: Tensor) -> float:
+    """:func:`fit_temperature` for class ids, or for the labels -1 and 1 of several classes per row."""
+    if not targets.is_floating_point():
+        return fit_temperature(logits_NC, targets, weights_N)
+    # each label on its own: the sigmoid of z is the softmax of (0, z)
+    pairs = torch.stack((torch.zeros_like(logits_NC), logits_NC), -1).flatten(0, 1)
+    return fit_temperature(pairs, targets.flatten() > 0, weights_N[:, None].expand_as(targets).flatten())
 
 
 def _cross_entropy(

@@ -36,6 +36,8 @@ def with_head(model: Any, arguments: SinglePassArguments) -> Any:
             raise InputError(
                 "model has a closed-form head: kernel, pooling and normalize are those of its configuration"
             )
+        if model.config.feature_map == "kernel":
+            raise InputError("model is a kernel's sum over its own training rows: give its encoder, and the kernel")
         _warn_of_untrained(model, None)
         return model
     if has_head(model) and not arguments.own_head:

@@ -12,9 +12,8 @@ from linpass.errors import InputError
 from linpass.feature_maps_closed_form import KernelFeatures
 from linpass.modeling_closed_form import ClosedFormForSequenceClassification
 from linpass.singlepass.arguments import SinglePassArguments
-from linpass.singlepass.classification import fit_temperature
 from linpass.singlepass.collection import Collection
-from linpass.singlepass.fit import FEWEST_TO_CALIBRATE, Fit
+from linpass.singlepass.fit import FEWEST_TO_CALIBRATE, Fit, best_temperature, check_classes, weights_of_classes
 from linpass.singlepass.kernel_ridge import KernelRidgeSolution, kernel_ridge, nystrom_conjugate_gradient
 from linpass.singlepass.row_store import hashed
 from linpass.singlepass.solver import RidgeSolution
@@ -39,17 +38,27 @@ def fit_kernel_head(
     """
     assert collection.rows is not None
     rows = collection.rows.all()
-    check_rows(rows, collection.task.kind)
+    if not rows:
+        raise InputError("train_dataset must hold at least one row with a label, got none")
+    if not rows["targets"].is_floating_point():
+        check_classes(rows["targets"].unique(), len(rows["targets"]), collection.task.kind)
     device = model.classifier.weight.device
     features_ND = rows["features_ND"].to(device, torch.float64)
     targets_NC = head_targets(rows["targets"], model.num_labels).to(device, torch.float64)
-    weights_N = rows["weights_N"].to(device, torch.float64) * _class_weight(rows["targets"], arguments).to(device)
+    weights_N = rows["weights_N"].double()
+    if arguments.class_weight:
+        by_class_C = torch.zeros(model.num_labels, dtype=torch.float64).index_add_(0, rows["targets"], weights_N)
+        weights_N = weights_N * weights_of_classes(by_class_C, arguments.class_weight)[rows["targets"]]
+    weights_N = weights_N.to(device)
     feature_map = _feature_map(model, features_ND, arguments)
     solution = _solve(feature_map, features_ND, targets_NC, weights_N, arguments)
     temperature = None
     held_N = (hashed(rows["keys"], arguments.seed) % HELD_OUT == 0).to(device)
     if arguments.calibrate and collection.task.kind != "regression" and int(held_N.sum()) >= FEWEST_TO_CALIBRATE:
-        temperature = _temperature(feature_map, features_ND, targets_NC, weights_N, held_N, solution, arguments)
+        left_N = torch.where(held_N, 0.0, weights_N)
+        apart = _solve(feature_map, features_ND, targets_NC, left_N, arguments, solution.regularization)
+        logits_NC = _predict(feature_map, apart, features_ND[held_N])
+        temperature = best_temperature(logits_NC, rows["targets"].to(device)[held_N], weights_N[held_N])
     _write(model, feature_map, solution, temperature)
     error_NC = targets_NC - _predict(feature_map, solution, features_ND)
     loss = (weights_N @ error_NC.square()).sum().item() / weights_N.sum().item() / 2
@@ -57,29 +66,6 @@ def fit_kernel_head(
         solution.dual_NC.T, solution.intercept_C, solution.regularization, solution.criterion, arguments.kernel
     )
     return Fit(head, temperature, loss)
-
-
-def check_rows(rows: dict[str, Tensor], kind: str) -> None:
-    """Raise InputError for no rows, or rows of one class."""
-    if not rows:
-        raise InputError("train_dataset must hold at least one row with a label, got none")
-    if kind == "single_label_classification" and len(rows["targets"].unique()) < 2:
-        only = int(rows["targets"][0])
-        raise InputError(f"all {len(rows['targets']):,} rows have label {only}: a classifier needs rows of two classes")
-
-
-def _class_weight(targets: Tensor, arguments: SinglePassArguments) -> Tensor:
-    """[N], the weight of each row's class."""
-    if not arguments.class_weight:
-        return torch.ones(len(targets), dtype=torch.float64)
-    count_C = targets.bincount().double()
-    if arguments.class_weight == "balanced":
-        weight_C = len(targets) / ((count_C > 0).sum() * count_C.clamp(min=1))
-    else:
-        weight_C = torch.tensor(arguments.class_weight, dtype=torch.float64)
-        if len(weight_C) < len(count_C):
-            raise InputError(f"class_weight={arguments.class_weight} must have one number per class, {len(count_C)}")
-    return weight_C[targets]
 
 
 def _feature_map(model: Any, features_ND: Tensor, arguments: SinglePassArguments) -> KernelFeatures:
@@ -110,6 +96,7 @@ def _solve(
 ) -> KernelRidgeSolution:
     kernel = feature_map.kernel
     wanted = arguments.regularization if regularization is None else regularization
+    wanted = "gcv" if wanted == "auto" else wanted
     if len(feature_map.landmarks) == len(features_ND):
         return kernel_ridge(kernel, features_ND, targets_NC, wanted, weights_N=weights_N)
     if isinstance(wanted, str):
@@ -125,24 +112,6 @@ def _choose_on_some(
     some = torch.randperm(len(features_ND), generator=generator)[:CHOICE_ROWS].to(features_ND.device)
     chosen = kernel_ridge(kernel, features_ND[some], targets_NC[some], criterion, weights_N=weights_N[some])
     return chosen.regularization * len(features_ND) / len(some)
-
-
-def _temperature(
-    feature_map: KernelFeatures,
-    features_ND: Tensor,
-    targets_NC: Tensor,
-    weights_N: Tensor,
-    held_N: Tensor,
-    solution: KernelRidgeSolution,
-    arguments: SinglePassArguments,
-) -> float:
-    left = torch.where(held_N, 0.0, weights_N)
-    apart = _solve(feature_map, features_ND, targets_NC, left, arguments, solution.regularization)
-    logits_NC, targets_NC = _predict(feature_map, apart, features_ND[held_N]), targets_NC[held_N]
-    if bool((targets_NC < 0).any()):  # several labels per row
-        pairs = torch.stack((torch.zeros_like(logits_NC), logits_NC), -1).flatten(0, 1)
-        return fit_temperature(pairs, (targets_NC > 0).flatten())
-    return fit_temperature(logits_NC, targets_NC.argmax(1), weights_N[held_N])
 
 
 def _predict(feature_map: KernelFeatures, solution: KernelRidgeSolution, features_ND: Tensor) -> Tensor:

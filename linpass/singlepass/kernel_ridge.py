@@ -6,9 +6,10 @@ squares, as scikit-learn's ``KernelRidge(alpha)``; where a paper writes :math:`\
 Shapes: N rows, M landmarks, D features, C targets, R directions that the landmarks span. s is a row's weight.
 """
 
-import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -71,7 +72,7 @@ def kernel_ridge(
             "loo": the exact squared error at each row when it is left out, residual / (1 - leverage).
         weights_N: s; None is one each.
         grid: values to choose from; None: GRID_POINTS values, GRID_FROM to GRID_TO times the trace of the matrix.
-        memory_limit: bytes that n x n matrices may take; None: what the GPU has free, or the machine's memory.
+        memory_limit: bytes that n x n matrices may take; None: what GPU, system or container have left.
     Raises:
         InputError: shapes that do not fit, values that are not finite, a negative regularization or weight; n x n
             matrices over the limit; no or too little regularization for a singular kernel matrix.
@@ -300,13 +301,32 @@ def _checked_regularization(value: float | str | Tensor) -> float:
     return float(value)
 
 
+def _free_memory() -> int | None:
+    """Bytes that this process may still take: what the system says is available, or what its container is left."""
+    free = []
+    available = re.search(r"MemAvailable:\s*(\d+) kB", _text("/proc/meminfo"))
+    if available:
+        free.append(int(available[1]) * 1024)
+    most, used = _text("/sys/fs/cgroup/memory.max").strip(), _text("/sys/fs/cgroup/memory.current").strip()
+    if most.isdigit() and used.isdigit():
+        free.append(max(int(most) - int(used), 0))
+    return min(free, default=None)
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="ascii")
+    except OSError:
+        return ""
+
+
 def _check_memory(rows: int, copies: int, limit: int | None, device: torch.device) -> None:
     """Refuse before anything of n x n is made: a system that swaps says nothing."""
     needed = copies * rows * rows * 8
     if limit is None and device.type == "cuda":
         limit = torch.cuda.mem_get_info(device)[0]
-    elif limit is None and hasattr(os, "sysconf"):
-        limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    elif limit is None:
+        limit = _free_memory()
     if limit is not None and needed > limit:
         raise InputError(
             f"{rows} rows: {copies} matrices of rows x rows in float64 take {needed:,} bytes, {limit:,} are there; "

@@ -43,6 +43,7 @@ def choose_logistic(
     weights_N: Tensor | None = None,
     *,
     grid: Sequence[float] | None = None,
+    calibrate: bool = True,
 ) -> RidgeSolution:
     r"""Logistic regression with a penalty chosen on held-out rows, and probabilities calibrated on them.
 
@@ -51,6 +52,7 @@ def choose_logistic(
     divided by that temperature. Without temperatures, few rows choose too weak a penalty, for its confident logits.
 
     Args: as :func:`logistic_regression`.
+        calibrate: divide the head by the temperature.
         grid: penalties; None: PENALTIES times tr(S) / N, and below FEW_ROWS rows no choice and no temperature.
 
     Returns: a head whose ``criterion`` is the calibrated held-out loss of each penalty tried, nats per row. Where one
@@ -82,13 +84,15 @@ def choose_logistic(
             path = _path(rest, held, spectrum, penalties, stop_early=tested == 1)
             solutions = solutions or path
             logits.append([solution.predict(held[0]) for solution in path])
+    if not logits:  # no fold leaves rows on both sides
+        return logistic_regression(features_ND, labels_N, spectrum, penalties[0], weights_N)
     held_N = torch.cat([(fold_N == fold).nonzero()[:, 0] for fold in range(tested)])
     weights = None if weights_N is None else weights_N[held_N]
     calibrated = [_calibrated(torch.cat(parts), labels_N[held_N], weights) for parts in zip(*logits, strict=True)]
     losses = [loss for _, loss in calibrated]
     best = losses.index(min(losses))
     head = _fit(features_ND, labels_N, spectrum, penalties[best], weights_N, solutions[best])
-    temperature = calibrated[best][0]
+    temperature = calibrated[best][0] if calibrate else 1.0
     criterion = dict(zip(penalties, losses, strict=False))
     return RidgeSolution(
         head.weight_CD / temperature, head.bias_C / temperature, penalties[best], criterion, "logistic"

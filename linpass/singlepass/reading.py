@@ -36,7 +36,7 @@ class RowReader:
         self.arguments: SinglePassArguments = trainer.args  # type: ignore[assignment]
         self.model: Any = trainer.model
         self.collection: Collection | None = None
-        self.wanted = _rows_for_map(self.arguments) if fit_map else 0
+        self.wanted = rows_for_map(self.model) if fit_map else 0
         self._waiting: list[Rows | None] = []
 
     @property
@@ -128,7 +128,6 @@ class RowReader:
         if rows is None:
             return
         if isinstance(self.model, ClosedFormForSequenceClassification) and self.arguments.streamed:
-            check_finite(rows)  # a map may hide what is wrong
             features_ND = self.model.feature_map(rows.features_ND.to(self.model.classifier.weight.dtype))
             rows = Rows(features_ND, rows.targets, rows.weights_N, rows.row_ids)
         if self.collection is None:
@@ -147,27 +146,20 @@ class RowReader:
         try:
             self.model.feature_map.fit(torch.cat(in_order)[: self.wanted].to(device), self.arguments.seed)
         except ValueError as error:
-            raise InputError(f"kernel={self.arguments.kernel!r}: {error}") from error
+            raise InputError(f"kernel={self.model.config.feature_map!r}: {error}") from error
         self.wanted = 0
         for rows in waiting:
             self._collect(rows)
 
 
-def _rows_for_map(arguments: SinglePassArguments) -> int:
-    """How many rows the feature map is fitted to; 0 where nothing of it depends on rows."""
-    if arguments.kernel == "nystrom":
-        return max(arguments.num_features, MAP_ROWS)
-    return MAP_ROWS if arguments.kernel in ("relu", "rff") and arguments.bandwidth is None else 0
-
-
-def check_finite(rows: Rows) -> None:
-    """Raise InputError naming the first row whose features are NaN or infinite."""
-    features_ND = rows.features_ND
-    if features_ND.numel() and not bool(features_ND.sum().isfinite()):
-        wrong_N = ~features_ND.isfinite().all(1)
-        if bool(wrong_N.any()):
-            number = int(rows.row_ids[int(wrong_N.int().argmax())])
-            raise InputError(f"row {number}: the encoder's features must be finite, got NaN or infinity")
+def rows_for_map(model: Any) -> int:
+    """How many rows the model's feature map is fitted to; 0 where nothing of it depends on rows."""
+    config = model.config
+    if not isinstance(model, ClosedFormForSequenceClassification):
+        return 0
+    if config.feature_map == "nystrom":
+        return max(config.num_features, MAP_ROWS)
+    return MAP_ROWS if config.feature_map in ("relu", "rff") and config.bandwidth is None else 0
 
 
 def _gather(value: Any) -> list[Any]:

@@ -82,7 +82,8 @@ def train_single_pass(sources: SourceArguments, arguments: SinglePassRunArgument
     )
     outcome = trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     if trainer.solution is None:
-        say(arguments, f"Stopped; go on with the same command and --resume_from_checkpoint, from {checkpoints}")
+        last = checkpoints / f"checkpoint-{trainer.state.global_step}"
+        say(arguments, f"Stopped; go on with the same command and --resume_from_checkpoint {last}")
         return None
     metrics = trainer.evaluate()
     share = metrics["eval_accuracy"]

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 ALIKE = 16  # batches whose rows are sorted by length together
 
+
 class SimpleTransformer(nn.Module):
     """Token and position embeddings, transformer layers, the mean over the real tokens, a linear layer.
 

@@ -72,6 +72,7 @@ class RidgeStatistics:
                 raise InputError(f"{name}={size} must be at least 1")
         self.num_features, self.num_targets, self.precision = num_features, num_targets, precision
         self._sum = BlockSum(num_features, num_targets, precision, device)
+        self._spectra: dict[tuple[bool, int], Spectrum] = {}  # by intercept and state of the sums
 
     def __repr__(self) -> str:
         sizes = f"num_features={self.num_features}, num_targets={self.num_targets}"
@@ -183,7 +184,11 @@ class RidgeStatistics:
         """
         if not self.weight > 0:
             raise InputError(f"statistics: {self.rows} rows of weight {self.weight:g}; some row must weigh more than 0")
-        return self._sum.flushed().spectrum(fit_intercept)
+        key = (fit_intercept, self._sum.changes)
+        if key not in self._spectra:
+            self._spectra = {old: kept for old, kept in self._spectra.items() if old[1] == key[1]}
+            self._spectra[key] = self._sum.flushed().spectrum(fit_intercept)
+        return self._spectra[key]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of all tensors; ``rows`` is one of them."""

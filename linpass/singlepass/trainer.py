@@ -24,7 +24,7 @@ from linpass.singlepass.heads import with_head, write_head
 from linpass.singlepass.kernel_heads import fit_kernel_head
 from linpass.singlepass.loading import Batch, RowCollator, batches, count_steps, knows_its_length, order_of
 from linpass.singlepass.pass_checkpoint import find_pass, read_pass, resume_pass, save_pass, write_pass
-from linpass.singlepass.reading import RowReader
+from linpass.singlepass.reading import RowReader, rows_for_map
 from linpass.singlepass.tasks import Task
 from linpass.training.checkpoints import StopSignals
 
@@ -144,7 +144,7 @@ class SinglePassTrainer(Trainer):
         """
         self._check_trained("forget")
         assert self.collection is not None
-        self.collection.check_grows()
+        self.collection.check_forgets()
         numbers = row_numbers(rows)
         if numbers is None and self.collection.by_fold:
             raise InputError("forget(rows) needs row numbers with regularization='kfold', not a data set")
@@ -324,7 +324,7 @@ class SinglePassTrainer(Trainer):
 
     def _shuffles(self) -> bool:
         """Whether the first rows, which the feature map is fitted to, have to be like the others."""
-        return self.args.kernel in ("relu", "rff", "nystrom")
+        return rows_for_map(self.model) > 0
 
     def _next_number(self) -> int:
         """What the next row is called that is not one of ``train_dataset``."""

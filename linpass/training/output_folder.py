@@ -18,7 +18,8 @@ SAMPLES_NAME = "training_samples.jsonl"
 
 # What a finished model consists of: a folder that holds anything else is not replaced.
 MODEL_FILES = (
-    *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "*_linformer.py"),
+    *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"),
+    *("*_linformer.py", "*_closed_form.py"),
     *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
     *("chat_template.jinja", "README.md", PLOT_NAME, LOG_NAME, SAMPLES_NAME),
 )
