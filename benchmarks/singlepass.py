@@ -243,7 +243,7 @@ def write_results(arguments: argparse.Namespace) -> None:
     environment = describe() | {"scikit-learn": sklearn.__version__}
     if arguments.device == "cpu":
         environment["hardware"] = cpu_name()
-    command = "python -m benchmarks.singlepass " + " ".join(sys.argv[1:2])
+    command = "python -m benchmarks.singlepass " + " ".join(without_folders(sys.argv[1:]))
     result = {"theme": theme, "command": command, "environment": environment, **THEMES[theme](arguments)}
     hardware = "cpu" if arguments.device == "cpu" else torch.cuda.get_device_name().split()[-1].lower()
     name = f"singlepass_{theme}_{hardware}_{datetime.date.today():%Y%m}"
@@ -253,6 +253,12 @@ def write_results(arguments: argparse.Namespace) -> None:
     (arguments.output / f"{name}.md").write_text(page, encoding="utf-8")
     print(page)
     print(json.dumps(result))
+
+
+def without_folders(flags: list[str]) -> list[str]:
+    """The flags that say what was measured; where things lie is of no interest elsewhere."""
+    folders = ("--data", "--cache", "--model", "--output")
+    return [flag for n, flag in enumerate(flags) if flag not in folders and (n == 0 or flags[n - 1] not in folders)]
 
 
 THEMES = {"heads": heads, "fewshot": fewshot, "stream": stream}

@@ -1,4 +1,4 @@
-"""Fit a classifier's head in one pass with SinglePassTrainer; then add rows, forget some, and choose again.
+"""Fit a classifier's head in one pass with SinglePassTrainer; then add rows, forget some, and solve again.
 
 Runs as it is: the rows are passages of documentation, the encoder is trained on the spot by ``sources``. With your own:
 ``AutoModelForSequenceClassification.from_pretrained(NAME, num_labels=...)`` and any data set that a Trainer takes.
@@ -40,7 +40,7 @@ trainer.update(rows(train)[3000:])
 print("and the others:", trainer.evaluate()["eval_accuracy"])
 trainer.forget(range(500))
 print("without the first 500:", trainer.evaluate()["eval_accuracy"])
-trainer.refit(estimator="discriminant")
-print("another estimator from the same sums:", trainer.evaluate()["eval_accuracy"])
+trainer.refit(regularization=1.0)
+print("another regularization, from the same sums:", trainer.evaluate()["eval_accuracy"])
 trainer.save_model("trainer_output/single_pass_model")
 AutoModelForSequenceClassification.from_pretrained("trainer_output/single_pass_model")  # an ordinary checkpoint

@@ -1,11 +1,16 @@
 """Fixtures: small configurations, and models whose every parameter is random, so that no symmetry hides an error."""
 
 import os
+import signal
 import tempfile
 
 CACHE = tempfile.TemporaryDirectory(prefix="linpass-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = CACHE.name
+
+# A job in the background of a shell is started with Ctrl-C ignored; the tests of signals send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest  # noqa: E402  the variables above are read when huggingface_hub is imported
 import torch  # noqa: E402

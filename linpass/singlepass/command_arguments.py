@@ -105,7 +105,7 @@ def single_pass_help() -> str:
 
 _DEFAULTS = (
     "Without flags: does a passage come from the documentation of torch or of transformers? The encoder is a small",
-    "Linformer, trained on the spot by masked tokens: half a minute on two cores, once, it is kept in the cache.",
+    "Linformer, trained on the spot by masked tokens: under a minute on two cores, once, it is kept in the cache.",
 )
 _TRAINING = (
     ("kernel", "linear", "linear, relu, rff, nystrom, rbf, laplace, polynomial, arc_cosine, deep"),

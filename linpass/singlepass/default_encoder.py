@@ -1,6 +1,6 @@
 """The default encoder of single-pass training: a small bidirectional Linformer, trained on the spot by masked tokens.
 
-It reads the texts of the training rows, not their labels, takes half a minute on two cores, and is kept in the cache
+It reads the texts of the training rows, not their labels, takes under a minute on two cores, and is kept in the cache
 folder under everything that it was made from. It makes the commands run without a download; for accuracy give
 ``--model`` an encoder that was trained on more text than that.
 """
@@ -27,7 +27,7 @@ from linpass import LinformerConfig, LinformerForMaskedLM
 from linpass.training.collators import IGNORED, DynamicChunkingCollator
 from linpass.training.tokenization import train_tokenizer
 
-# Chosen by a ridge head on held-out training rows of the default text, for half a minute of two cores. With so few
+# Chosen by a ridge head on held-out training rows of the default text, for under a minute of two cores. With so few
 # steps a wide embedding of few tokens tells more than deep layers, and Python's own text besides tells less.
 ARCHITECTURE: dict[str, Any] = {
     "vocab_size": 1024,
@@ -44,7 +44,7 @@ ARCHITECTURE: dict[str, Any] = {
     "dropout": 0.0,
     "tie_word_embeddings": True,
 }
-STEPS, ROWS, PEAK_LEARNING_RATE, WARMUP, SEED = 150, 16, 2e-3, 0.1, 42
+STEPS, ROWS, PEAK_LEARNING_RATE, WARMUP, SEED = 300, 16, 2e-3, 0.1, 42
 
 
 def default_encoder(texts: Sequence[str], cache: Path, quiet: bool = False) -> Path:
