@@ -109,8 +109,8 @@ class SinglePassArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.regularization: Any = parse_regularization(self.regularization)  # a flag is text, a field a number
-        self.class_weight: Any = parse_class_weight(self.class_weight)
+        self.regularization = parse_regularization(self.regularization)  # pyright: ignore[reportAttributeAccessIssue]
+        self.class_weight = parse_class_weight(self.class_weight)  # pyright: ignore[reportAttributeAccessIssue]
         self.check_closed_form()
 
     def check_closed_form(self) -> None:
@@ -128,16 +128,15 @@ class SinglePassArguments(TrainingArguments):
                 raise InputError(f"{name}={getattr(self, name)} must be {bound} or more")
         if self.bandwidth is not None and not 0 < self.bandwidth < math.inf:
             raise InputError(f"bandwidth={self.bandwidth} must be more than 0")
-        number = isinstance(self.regularization, float)
+        regularization: Any = self.regularization
+        positive = isinstance(regularization, float) and regularization > 0
         whole_epochs = float(self.num_train_epochs).is_integer() and self.num_train_epochs >= 0
         streamed = ", ".join(STREAMED)
         rules = {
-            "match='batch_aware' needs a number above 0 as regularization": (
-                self.match != "batch_aware" or (number and self.regularization > 0)
-            ),
+            "match='batch_aware' needs a number above 0 as regularization": (self.match != "batch_aware" or positive),
             "match='gd' needs num_train_epochs of 1 or more": self.match != "gd" or self.num_train_epochs >= 1,
             f"estimator='logistic' needs regularization auto or a number above 0, not {self.regularization!r}": (
-                self.estimator != "logistic" or self.regularization == "auto" or (number and self.regularization > 0)
+                self.estimator != "logistic" or self.regularization == "auto" or positive
             ),
             f"match={self.match!r} needs a kernel of one pass: {streamed}": self.match == "ridge" or self.streamed,
             "match='sgd' weighs every row the same: class_weight, sample_weight_column must not be set": (

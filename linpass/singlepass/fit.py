@@ -61,7 +61,7 @@ def fit_head(collection: Collection, arguments: SinglePassArguments, intercept: 
                 epochs,
                 arguments.train_batch_size * arguments.gradient_accumulation_steps,
                 arguments.learning_rate,
-                arguments.regularization,
+                float(arguments.regularization),
                 fit_intercept=intercept,
             )
         case _:

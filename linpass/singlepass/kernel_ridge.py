@@ -83,13 +83,13 @@ def kernel_ridge(
     choose = isinstance(regularization, str)
     if choose and regularization not in ("gcv", "loo"):
         raise InputError(f"regularization={regularization!r} must be a number, 'gcv' or 'loo'")
-    weights_N = _checked_weights(features_ND, targets_NC, weights_N)
+    weight_N = _checked_weights(features_ND, targets_NC, weights_N)
     candidates = [_checked_regularization(value) for value in ([] if grid is None else grid)]
     if not choose:
         candidates = [_checked_regularization(regularization)]
     _check_memory(len(features_ND), EIGENVECTOR_COPIES if choose else CHOLESKY_COPIES, memory_limit, features_ND.device)
 
-    features_ND, root_N1 = features_ND.double(), weights_N.sqrt()[:, None]
+    features_ND, root_N1 = features_ND.double(), weight_N.sqrt()[:, None]
     targets_NC = targets_NC.to(features_ND)
     scaled_NN = kernel(features_ND, features_ND) * root_N1
     scaled_NN *= root_N1.T
@@ -190,7 +190,7 @@ def nystrom_conjugate_gradient(
     Invariants: equal to the direct Nystroem solution; with all rows as landmarks equal to :func:`kernel_ridge`; blocks
     change nothing; a tenth of the iterations without a preconditioner, or less.
     """
-    weights_N = _checked_weights(features_ND, targets_NC, weights_N)
+    weight_N = _checked_weights(features_ND, targets_NC, weights_N)
     if _checked_regularization(regularization) == 0:
         raise InputError("regularization=0: conjugate gradient needs more than 0")
     if landmarks_MD.dim() != 2 or landmarks_MD.shape[1] != features_ND.shape[1] or not len(landmarks_MD):
@@ -198,17 +198,17 @@ def nystrom_conjugate_gradient(
             f"landmarks have shape {list(landmarks_MD.shape)}; they need [landmarks, {features_ND.shape[1]}]"
         )
     landmarks_MD = landmarks_MD.double()
-    total = weights_N.sum()
+    total = weight_N.sum()
 
     def blocks() -> Iterator[tuple[Tensor, Tensor, slice]]:
         for start in range(0, len(features_ND), block_rows):
             rows = slice(start, start + block_rows)
-            yield kernel(features_ND[rows].to(landmarks_MD), landmarks_MD), weights_N[rows, None].to(landmarks_MD), rows
+            yield kernel(features_ND[rows].to(landmarks_MD), landmarks_MD), weight_N[rows, None].to(landmarks_MD), rows
 
     # One pass for the means and the right-hand side.
     mean_1C = torch.zeros_like(targets_NC[:1]).to(landmarks_MD)
     if fit_intercept:
-        mean_1C = ((weights_N[:, None] * targets_NC.double()).sum(0, keepdim=True) / total).to(landmarks_MD)
+        mean_1C = ((weight_N[:, None] * targets_NC.double()).sum(0, keepdim=True) / total).to(landmarks_MD)
     mean_1M, right_MC = landmarks_MD.new_zeros(1, len(landmarks_MD)), 0
     for kernel_BM, weights_B1, rows in blocks():
         if fit_intercept:
@@ -282,17 +282,17 @@ def _checked_weights(features_ND: Tensor, targets_NC: Tensor, weights_N: Tensor 
         raise InputError(f"features have shape {list(features_ND.shape)}; they need [rows, features], one row or more")
     if targets_NC.dim() != 2 or len(targets_NC) != len(features_ND):
         raise InputError(f"targets have shape {list(targets_NC.shape)}; they need [{len(features_ND)}, targets]")
-    if weights_N is None:
-        weights_N = features_ND.new_ones(len(features_ND), dtype=torch.float64)
-    if weights_N.shape != features_ND.shape[:1]:
-        raise InputError(f"weights have shape {list(weights_N.shape)}; they need [{len(features_ND)}]")
-    for name, values in (("features", features_ND), ("targets", targets_NC), ("weights", weights_N[:, None])):
+    ones_N = features_ND.new_ones(len(features_ND), dtype=torch.float64)
+    weight_N: Tensor = ones_N if weights_N is None else weights_N
+    if weight_N.shape != features_ND.shape[:1]:
+        raise InputError(f"weights have shape {list(weight_N.shape)}; they need [{len(features_ND)}]")
+    for name, values in (("features", features_ND), ("targets", targets_NC), ("weights", weight_N[:, None])):
         finite_N = values.isfinite().all(1)
         if not finite_N.all():
             raise InputError(f"{name} of row {int(finite_N.int().argmin())} hold NaN or infinity; they must be finite")
-    if (weights_N < 0).any() or not weights_N.sum() > 0:
-        raise InputError(f"weights go from {weights_N.min():g} to {weights_N.max():g}; none below 0, one above 0")
-    return weights_N.double()
+    if (weight_N < 0).any() or not weight_N.sum() > 0:
+        raise InputError(f"weights go from {weight_N.min():g} to {weight_N.max():g}; none below 0, one above 0")
+    return weight_N.double()
 
 
 def _checked_regularization(value: float | str | Tensor) -> float:
