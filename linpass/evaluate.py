@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -17,6 +16,7 @@ from linpass.errors import InputError
 from linpass.generate import most_tokens
 from linpass.scoring import Scores, encode_documents, position_ranges, range_loss, score_documents, summarise
 from linpass.training.documents import check_text_files, file_documents
+from linpass.training.result_folder import check_result_folder
 
 PLOT_NAME, RESULT_NAME = "loss_by_position.png", "evaluation.json"
 UNBOUNDED_WINDOW = 1024
@@ -55,7 +55,7 @@ def evaluate(
         raise InputError("linpass evaluate needs matplotlib: pip install 'linpass[train]'") from None
     check_text_files(text_files)
     folder = Path(output_dir).expanduser()
-    _check_folder(folder)
+    check_result_folder(folder, (RESULT_NAME, PLOT_NAME))
     place = choose_device(device)
     texts = list(islice(file_documents(text_files, text_column), max_documents))
     language_model, tokenizer = load_model(model, dtype, place, trust_remote_code)
@@ -202,15 +202,6 @@ def plot_positions(result: dict[str, Any], scores: Scores, path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150, format="png")
-
-
-def _check_folder(folder: Path) -> None:
-    taken = next(f for f in (folder, *folder.absolute().parents) if f.exists())
-    blocked = [f for f in (folder / RESULT_NAME, folder / PLOT_NAME) if f.is_dir()]
-    if not taken.is_dir() or blocked:
-        raise InputError(f"output_dir={str(folder)!r} must be a folder; {str([taken, *blocked][-1])!r} is in the way")
-    if not os.access(taken, os.W_OK | os.X_OK):
-        raise InputError(f"output_dir={str(folder)!r} must be writable")
 
 
 def _write(path: Path, write: Callable[[Path], Any]) -> None:

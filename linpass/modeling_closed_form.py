@@ -116,13 +116,8 @@ class ClosedFormForSequenceClassification(PreTrainedModel):
         Raises:
             ValueError: a mask of another shape than the tokens.
         """
-        per_token = {
-            "input_ids": input_ids,
-            "token_type_ids": token_type_ids,
-            "position_ids": position_ids,
-            "inputs_embeds": inputs_embeds,
-        }
-        return self._encode(per_token, attention_mask, **kwargs)[0]
+        tokens = (input_ids, token_type_ids, position_ids, inputs_embeds)
+        return self._encode(*tokens, attention_mask, **kwargs)[0]
 
     @can_return_tuple
     def forward(
@@ -140,13 +135,8 @@ class ClosedFormForSequenceClassification(PreTrainedModel):
 
         Hidden states and attentions, where asked for, are of rows that start at their first real token.
         """
-        per_token = {
-            "input_ids": input_ids,
-            "token_type_ids": token_type_ids,
-            "position_ids": position_ids,
-            "inputs_embeds": inputs_embeds,
-        }
-        pooled, outputs = self._encode(per_token, attention_mask, **kwargs)
+        tokens = (input_ids, token_type_ids, position_ids, inputs_embeds)
+        pooled, outputs = self._encode(*tokens, attention_mask, **kwargs)
         with _own_precision(pooled):
             logits = self.classifier(self.feature_map(pooled))
         loss = None if labels is None else self._loss(logits, labels, num_items_in_batch)
@@ -157,8 +147,22 @@ class ClosedFormForSequenceClassification(PreTrainedModel):
             attentions=outputs.get("attentions") or None,
         )
 
-    def _encode(self, per_token: dict[str, Tensor | None], attention_mask: Tensor | None, **kwargs: Any):
+    def _encode(
+        self,
+        input_ids: Tensor | None,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ):
         """Pooled rows and the outputs of the encoder."""
+        per_token = {
+            "input_ids": input_ids,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+        }
         per_token = {name: value for name, value in per_token.items() if value is not None}
         if ("input_ids" in per_token) == ("inputs_embeds" in per_token):
             raise ValueError("give exactly one of input_ids and inputs_embeds")

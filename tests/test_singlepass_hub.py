@@ -149,7 +149,7 @@ def test_the_card_on_the_hub_is_of_this_pass(hub, pushed, name, tag):
     found = card(hub, name)
     assert "generated_from_trainer" not in found.content
     assert "Epoch" not in found.content
-    assert found.data.library_name == "transformers"
+    assert found.data.to_dict()["library_name"] == "transformers"
     assert found.data.pipeline_tag == tag
     assert {"linpass", "single-pass"} <= set(found.data.tags)
     assert found.data.datasets == [f"{OWNER}/reviews"]

@@ -38,6 +38,7 @@ from linpass.singlepass.sources import (
     read_rows,
     row_length,
 )
+from linpass.training.result_folder import check_result_folder
 from linpass.training.run_log import replacing
 
 # The heads' are customary for them; fifty of the transformer from scratch take five minutes of one core.
@@ -60,7 +61,7 @@ def compare(sources: SourceArguments, arguments: CompareArguments, quiet: bool =
     if find_spec("matplotlib") is None:
         raise InputError("linpass compare needs matplotlib: pip install 'linpass[compare]'")
     folder = Path(arguments.output_dir).expanduser()
-    check_result_folder(folder)
+    check_result_folder(folder, (RESULT_NAME, PLOT_NAME))
     check_sources(sources)
     logging.disable_progress_bar()  # "Loading weights" would stand between the others
     train, test = read_rows(sources, arguments.seed, quiet)
@@ -170,16 +171,6 @@ def load_tensors(path: str, names: Sequence[str], warm_up: Sequence[str]) -> dic
     with safe_open(path, "pt") as file:
         # A copy: what is mapped into memory would be read from disk while the time runs.
         return {name: file.get_tensor(name).clone() for name in names}
-
-
-def check_result_folder(folder: Path) -> None:
-    """Raise InputError when the results could not be written to ``folder``."""
-    taken = next(f for f in (folder, *folder.absolute().parents) if f.exists())
-    blocked = [f for f in (folder / RESULT_NAME, folder / PLOT_NAME) if f.is_dir()]
-    if not taken.is_dir() or blocked:
-        raise InputError(f"output_dir={str(folder)!r} must be a folder; {str([taken, *blocked][-1])!r} is in the way")
-    if not os.access(taken, os.W_OK | os.X_OK):
-        raise InputError(f"output_dir={str(folder)!r} must be writable")
 
 
 def _load(encoder: str) -> tuple[Any, Any]:
