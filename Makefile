@@ -2,22 +2,29 @@
 # make test    the tests
 # make lint    ruff and pyright
 # make bench   the benchmarks
+# make bench-gpu   attention on a CUDA device beside its rivals, ten minutes: make bench-gpu TORCH=torch
 # Everything lives in VENV, which is made on first use. A GPU build of torch: make setup TORCH=torch
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+# A GPU build of torch brings the Triton that it was built for, and must keep it. Beside a CPU build, which brings none,
+# this one interprets the kernels in the tests; it exists for Linux alone.
+TRITON ?= triton==3.9.0; sys_platform == 'linux'
+
+RESULT ?= benchmarks/results/attention_gpu_$(shell date +%Y%m).json
 
 READY = $(VENV)/.ready
 # The commands need nothing but what is in this folder and in VENV.
 OFFLINE = HF_HUB_OFFLINE=1
 
-.PHONY: setup demo test lint bench
+.PHONY: setup demo test lint bench bench-gpu
 
 setup: $(READY)
 
 $(READY): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt "$(TORCH)" -e ".[dev]"
+	$(VENV)/bin/python -c "import triton" 2>/dev/null || $(VENV)/bin/python -m pip install --quiet "$(TRITON)"
 	touch $(READY)
 
 demo: setup
@@ -33,3 +40,8 @@ lint: setup
 
 bench: setup
 	$(OFFLINE) $(VENV)/bin/python -m benchmarks.run
+
+# fla-core holds chunk_gsa of flash-linear-attention; it and linformer are only measured against.
+bench-gpu: setup
+	$(VENV)/bin/python -m pip install --quiet --no-deps fla-core==0.6.0 einops==0.8.2 linformer==0.2.3
+	$(OFFLINE) $(VENV)/bin/python -m benchmarks.attention_gpu $(RESULT)

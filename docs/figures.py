@@ -1,10 +1,11 @@
 """Draw the pictures of the documentation: ``python docs/figures.py`` (needs matplotlib).
 
 ``attention.png`` is what the attention function really lets through; ``speed_cpu.png`` is drawn from the newest results
-file of ``python -m benchmarks.run attention``.
+file of ``python -m benchmarks.run attention``, ``speed_gpu.png`` from that of ``python -m benchmarks.attention_gpu``.
 """
 
 import json
+import math
 from pathlib import Path
 
 import matplotlib
@@ -90,6 +91,105 @@ def draw_speed(path: Path) -> None:
     plt.close(figure)
 
 
+VARIANTS = {  # colour and line of each variant of benchmarks.attention_gpu
+    "linpass": ("#2a6f97", "-"),
+    "cuDNN causal": ("#4d4d4d", "-"),
+    "flash causal": ("#9a9a9a", "-"),
+    "FlexAttention": ("#f2b134", "--"),
+    "linpass, PyTorch": ("#7fb3d5", "--"),
+    "chunk_gsa, 64 slots": ("#b5651d", ":"),
+    "linformer (lucidrains, leaks)": ("#c0392b", ":"),
+}
+
+
+def newest_gpu_result() -> dict:
+    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("attention_*_*.json"))]
+    ours = [result for result in results if result.get("theme") == "attention_gpu"]
+    return max(ours, key=lambda result: result["environment"]["date"])
+
+
+def crossing(ours: dict[int, float], theirs: dict[int, float]) -> float | None:
+    """The n from which ours stays below theirs, between two measured lengths on log-log lines; the first n if always.
+
+    None where ours is not below at the longest row.
+    """
+    lengths = sorted(ours.keys() & theirs.keys())
+    logs = [math.log(ours[n] / theirs[n]) for n in lengths]
+    if not logs or logs[-1] > 0:
+        return None
+    behind = max((i for i, log in enumerate(logs) if log > 0), default=None)
+    if behind is None:
+        return lengths[0]
+    share = logs[behind] / (logs[behind] - logs[behind + 1])
+    return lengths[behind] * (lengths[behind + 1] / lengths[behind]) ** share
+
+
+def draw_gpu_speed(path: Path, result: dict | None = None) -> None:
+    """Forward and backward of every variant over n, a panel for each size; ``result``: None is the newest file."""
+    result = newest_gpu_result() if result is None else result
+    rows = [row for row in result["timing"] if "both_ms" in row]
+    sizes = list(dict.fromkeys((row["heads"], row["dim"]) for row in rows))
+    figure, panels = plt.subplots(
+        1, len(sizes), figsize=(4.6 * len(sizes) + 0.4, 4.4), layout="constrained", squeeze=False
+    )
+    for axes, (heads, dim) in zip(panels[0], sizes, strict=True):
+        lines = {name: {} for name in VARIANTS}
+        for row in rows:
+            if (row["heads"], row["dim"]) == (heads, dim):
+                lines[row["variant"]][row["n"]] = row["both_ms"][0]
+        draw_variants(axes, {name: line for name, line in lines.items() if line})
+        axes.set_title(f"{heads} heads of {dim}", fontsize=10)
+    handles, names = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    where = result["environment"]
+    figure.suptitle(
+        f"Causal attention alone, bfloat16, {where['batch_tokens']:,} tokens a batch; {where['hardware']}, torch "
+        f"{where['torch'].split('+')[0]}",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_variants(axes, lines: dict[str, dict[int, float]]) -> None:
+    """Milliseconds over n, {variant: {n: ms}}, both logarithmic."""
+    for name, line in lines.items():
+        (colour, style), width = VARIANTS[name], 2.2 if name == "linpass" else 1.4
+        n, times = zip(*sorted(line.items()), strict=True)
+        axes.plot(n, times, style, marker="o", ms=3.5, color=colour, lw=width, label=name)
+    mark_crossing(axes, lines.get("linpass", {}), lines.get("cuDNN causal", {}))
+    lengths = sorted({n for line in lines.values() for n in line})
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(lengths, [f"{n // 1024}k" if n >= 1024 else str(n) for n in lengths], fontsize=8)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("tokens n of a row")
+    axes.set_ylabel("ms, forward + backward")
+    axes.grid(alpha=0.3)
+
+
+def mark_crossing(axes, ours: dict[int, float], theirs: dict[int, float]) -> None:
+    """A line where linpass passes cuDNN, with its n and the ratio at the longest row."""
+    n = crossing(ours, theirs)
+    if n is None:
+        return
+    always, longest = n == min(ours.keys() & theirs.keys()), max(ours.keys() & theirs.keys())
+    text = f"ahead of cuDNN\nat every n, from {n:g}" if always else f"ahead of cuDNN\nfrom n ≈ {float(f'{n:.2g}'):,.0f}"
+    axes.axvline(n, color="#2a6f97", lw=1, ls=":")
+    text += f";\n{theirs[longest] / ours[longest]:.0f} × at {longest:,}"
+    axes.annotate(
+        text,
+        (n, 0.97),
+        xycoords=("data", "axes fraction"),
+        xytext=(6, 0),
+        textcoords="offset points",
+        va="top",
+        fontsize=8,
+        color="#2a6f97",
+    )
+
+
 if __name__ == "__main__":
     draw_attention(DOCS / "attention.png")
     draw_speed(DOCS / "speed_cpu.png")
+    draw_gpu_speed(DOCS / "speed_gpu.png")

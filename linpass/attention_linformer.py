@@ -14,6 +14,7 @@ N grid columns (queries), M key columns, C blocks, S slot rows (block by block),
 R slots of a block, D features, X 1 or G sets of mixing weights.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -383,6 +384,41 @@ def attend_blocks(
     return _AttendBlocks.apply(query_BHND, key_BGMD, value_BGMD, slot_key_BGSD, slot_value_BGSD, layout, first_block_BC)
 
 
+def mix_and_attend(
+    query_BHND: Tensor,
+    key_BGND: Tensor,
+    value_BGND: Tensor,
+    weights: tuple[Tensor, Tensor],
+    layout: BlockLayout,
+    rotated_key_BGND: Tensor | None = None,
+    slot_angles: tuple[Tensor, Tensor] | None = None,
+    block_BC: Tensor | None = None,
+    first_block_BC: Tensor | None = None,
+    attend: Callable[..., Tensor] = attend_blocks,
+) -> Tensor:
+    """Causal Linformer attention from keys, values and mixing weights: slots, then :func:`attend_blocks`.
+
+    Args:
+        query_BHND: queries, rotated where positions are rotary.
+        key_BGND: keys that are mixed, not rotated.
+        weights: mixing weights of keys and of values, [X, C, P, R] each, as :func:`mix_blocks` takes them.
+        rotated_key_BGND: keys of the window; None where they are not rotated.
+        slot_angles: cos and sin, [B or 1, 1, S, D], that turn the slots; None where positions are not rotary.
+        block_BC, first_block_BC: as :func:`mix_blocks` and :func:`attend_blocks` take them.
+        attend: a function like :func:`attend_blocks` to attend with.
+    Returns: [B, H, N, D] in the dtype of the queries.
+    Cost: that of :func:`attend_blocks` and O(B·G·N·r·D) for the mixing.
+    """
+    slot_key, slot_value = (
+        mix_blocks(states, weight.to(states.dtype), block_BC)
+        for states, weight in zip((key_BGND, value_BGND), weights, strict=True)
+    )
+    if slot_angles is not None:
+        slot_key = rotate(slot_key, slot_angles)
+    near = key_BGND if rotated_key_BGND is None else rotated_key_BGND
+    return attend(query_BHND, near, value_BGND, slot_key, slot_value, layout, first_block_BC)
+
+
 def _suits_fused(query_BHND: Tensor, key_BGMD: Tensor, slot_key_BGSD: Tensor, layout: BlockLayout) -> bool:
     """Half precision on a GPU, where PyTorch has kernels that keep no scores, and a mask that is narrow and well used.
 
@@ -579,7 +615,7 @@ def _chunks(query: Tensor, key: Tensor, slot_key: Tensor, layout: BlockLayout, f
     size = CHUNK_CPU if device.type == "cpu" else 1 << (CHUNK_GPU_LOG2_WORK + 1 - rows.bit_length()) // 2
     size = max(1, size // b) * b
     # Seen from its first block every chunk looks alike: the bias is made once, chunks take the columns that they need.
-    view = min(layout.visible_blocks, slot_key.shape[1] // r) if r else 0
+    view = min(layout.visible_blocks, layout.past_blocks + -(-tokens // b)) if r else 0
     slot_block = torch.arange((view + size // b) * r, device=device) // max(r, 1) - view
     token = torch.arange(1 - w, size, device=device)
     query_N = torch.arange(size, device=device)

@@ -15,7 +15,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .attention_linformer import (
     BlockLayout,
     TokenGrid,
-    attend_blocks,
     attend_blocks_reference,
     attend_visible,
     exact,
@@ -29,6 +28,7 @@ from .attention_linformer import (
 )
 from .cache_linformer import LinformerCache, LinformerCacheLayer
 from .configuration_linformer import LinformerConfig
+from .kernels_linformer import attend_blocks, mix_and_attend
 
 
 class LowRankLinear(nn.Module):
@@ -248,10 +248,20 @@ class LinformerAttention(nn.Module):
     def _attend_before(self, query, key, value, weights, grid, angles, cache):
         """Causal: tokens of this call, after those in the cache, if any."""
         layout, continues = self.layout, cache is not None and cache.columns > 0
-        slot_key, slot_value = key[:, :, :0], value[:, :, :0]
-        block_key, block_value = slot_key, slot_value
+        eager = self.config._attn_implementation == "eager"
         blocks = grid.block_numbers(layout.block_size)
         rotated = key if angles is None else rotate(key, angles)
+        if self.k and cache is None and not eager:
+            if angles is None:
+                turned = None, None
+            else:
+                count = grid.columns // layout.block_size
+                if blocks is None and weights[0].shape[1] > 1:
+                    count = min(count, weights[0].shape[1])  # columns past seq_length hold padding only
+                turned = rotated, self._block_angles(count, blocks, key)
+            return mix_and_attend(query, key, value, weights, layout, *turned, blocks, grid.first_block_BC), None
+        slot_key, slot_value = key[:, :, :0], value[:, :, :0]
+        block_key, block_value = slot_key, slot_value
         if self.k and cache is None:
             slot_key, slot_value = mix_blocks(key, weights[0], blocks), mix_blocks(value, weights[1], blocks)
         elif self.k:
@@ -259,9 +269,7 @@ class LinformerAttention(nn.Module):
             slot_key, slot_value = block_key, block_value.to(value.dtype)
         if self.k and angles is not None:
             count = slot_key.shape[2] // layout.slots_per_block
-            numbers = torch.arange(count, device=key.device)[None] if blocks is None else blocks[:, :count]
-            centres = slot_centres(numbers, layout.block_size, layout.slots_per_block)
-            slot_key = self._rotate_slots(slot_key, centres)
+            slot_key = rotate(slot_key, self._block_angles(count, blocks, slot_key))
         slot_key = slot_key.to(key.dtype)
 
         plain = not continues and grid.first_block_BC is None
@@ -278,7 +286,7 @@ class LinformerAttention(nn.Module):
                     torch.cat((cache.slots_before(grid, cache.slot_values), slot_value), 2),
                 )
                 layout = layout._replace(past_tokens=layout.window_size, past_blocks=layout.visible_blocks)
-            if self.config._attn_implementation == "eager":
+            if eager:
                 output, probabilities = attend_blocks_reference(*tensors, layout, grid.first_block_BC)
                 probabilities = None if continues else self._in_given_order(probabilities, slot_key.shape[2], grid)
             else:
@@ -355,6 +363,12 @@ class LinformerAttention(nn.Module):
             over_tokens = over_tokens.gather(3, grid.column_BT[:, None, None].expand(-1, heads, columns, -1))
         in_order = torch.cat((over_slots, over_tokens), -1)
         return grid.restore(in_order.transpose(1, 2)).transpose(1, 2)
+
+    def _block_angles(self, count: int, numbers: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotary cos and sin of the slots of ``count`` blocks, whose numbers in their rows are given or 0, 1, 2 ..."""
+        numbers = torch.arange(count, device=like.device)[None] if numbers is None else numbers[:, :count]
+        centres = slot_centres(numbers, self.layout.block_size, self.layout.slots_per_block)
+        return rotary_angles(centres, self.head_dim, self.config.rotary_base, like.dtype)
 
     def _rotate_slots(self, slot_keys: Tensor, centres: Tensor) -> Tensor:
         return rotate(slot_keys, rotary_angles(centres, self.head_dim, self.config.rotary_base, slot_keys.dtype))

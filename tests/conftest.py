@@ -1,7 +1,9 @@
 """Fixtures: small configurations, and models whose every parameter is random, so that no symmetry hides an error."""
 
+import importlib.util
 import os
 import signal
+import sys
 import tempfile
 
 CACHE = tempfile.TemporaryDirectory(prefix="linpass-tests-")
@@ -15,6 +17,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 import pytest  # noqa: E402  the variables above are read when huggingface_hub is imported
 import torch  # noqa: E402
 
+import linpass.kernels_linformer  # noqa: E402
+import linpass.triton_linformer  # noqa: E402
 from linpass import LinformerConfig  # noqa: E402
 
 TINY = {
@@ -66,3 +70,38 @@ def device():
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     return torch.device("cuda")
+
+
+@pytest.fixture(scope="session")
+def interpreted_kernels():
+    """``linpass.triton_linformer`` once more, its kernels for Triton's interpreter."""
+    path = linpass.triton_linformer.__file__
+    spec = importlib.util.spec_from_file_location("linpass.interpreted_triton_linformer", path)
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, spec.name, module)
+        patch.setenv("TRITON_INTERPRET", "1")  # read where @triton.jit is applied
+        spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def kernels(request, monkeypatch):
+    """``linpass.kernels_linformer``; without a CUDA device its kernels run in Triton's interpreter.
+
+    For this test alone: the interpreter takes a second for what PyTorch does in a millisecond, and with
+    ``TRITON_INTERPRET`` set for the whole run every model would go through it.
+    """
+    if linpass.triton_linformer.triton is None:
+        pytest.skip("needs Triton: make setup")
+    if not torch.cuda.is_available():
+        import triton.language
+        from triton.runtime.interpreter import InterpretedFunction
+
+        # Triton's own functions in Triton (cdiv, sum ...) were compiled ones when Triton was imported.
+        for name, function in vars(triton.language).items():
+            if isinstance(function, triton.runtime.JITFunction):
+                monkeypatch.setattr(triton.language, name, InterpretedFunction(function.fn))
+        interpreted = request.getfixturevalue("interpreted_kernels")
+        monkeypatch.setattr(linpass.kernels_linformer, "kernels", interpreted)
+    return linpass.kernels_linformer

@@ -1,12 +1,27 @@
-"""On a CUDA device: the same mathematics at real sizes, linear memory, and a forward pass that never waits."""
+"""On a CUDA device: the same mathematics at real sizes, linear memory, and a forward pass that never waits.
+
+``attention_linformer`` is the PyTorch path; models take the kernels of ``kernels_linformer``: alone, compiled, under
+autocast, recomputed, on several devices, and left out where Triton is missing.
+"""
 
 import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from tolerances import CACHE, GRADIENT, ORACLE, VALUE, relative_error
 
-from linpass import LinformerConfig, LinformerForCausalLM, LinformerForMaskedLM
+from linpass import (
+    LinformerConfig,
+    LinformerForCausalLM,
+    LinformerForMaskedLM,
+    attention_linformer,
+    kernels_linformer,
+)
 from linpass.attention_linformer import (
     BlockLayout,
     attend_blocks,
@@ -32,7 +47,56 @@ REAL = {
     "qk_norm": True,
     "rank": None,
     "dropout": 0.0,
+    "pad_token_id": 0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
 }
+
+# Losses are multiplied by it, as a GradScaler does: float16 has no numbers as small as some gradients of a mean.
+SCALE = 1024
+both_paths = pytest.mark.parametrize("path", [attention_linformer, kernels_linformer], ids=["pytorch", "fused"])
+# What torch says of itself while it compiles (deprecated parts, no TF32, a split softmax), and of autograd.Function.
+compiles = pytest.mark.filterwarnings("ignore:::torch", "ignore:.*should not be instantiated:DeprecationWarning")
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The dtype of every kernel call of the fused path."""
+    dtypes, launch = [], kernels_linformer._launch
+
+    def record(kernel, grid, tile, tensors, numbers):
+        dtypes.append(tensors[0].dtype)
+        return launch(kernel, grid, tile, tensors, numbers)
+
+    monkeypatch.setattr(kernels_linformer, "_launch", record)
+    return dtypes
+
+
+def real_model(device, dtype=torch.float32, **changes):
+    torch.manual_seed(0)
+    return LinformerForCausalLM(LinformerConfig(**REAL | changes)).to(device, dtype)
+
+
+def in_float64(model):
+    """The same numbers on the PyTorch path: no kernel takes float64."""
+    return copy.deepcopy(model).double()
+
+
+def values_and_gradients(model, ids, autocast=None, **inputs):
+    """Logits, loss and the gradient of every parameter, by name."""
+    model.zero_grad()
+    with torch.autocast(ids.device.type, autocast, enabled=autocast is not None):
+        output = model(ids, labels=ids, use_cache=False, **inputs)
+    (output.loss * SCALE).backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    return {"logits": output.logits.detach(), "loss": output.loss.detach()} | gradients
+
+
+def assert_within_the_table(actual, expected, dtype, factor=1):
+    """Errors of one call hold for two layers: here attention adds a small part to the residual stream."""
+    for name in expected:
+        limit = (VALUE if name in ("logits", "loss") else GRADIENT)[dtype]
+        assert relative_error(actual[name], expected[name]) < factor * limit, name
 
 
 def attention_call(tokens, dtype, device, block=64, window=128, slots_per_block=4, heads=8, dim=64):
@@ -81,7 +145,8 @@ def test_packed_rows_and_shared_heads_are_within_the_table(tokens, packed, group
         assert relative_error(leaf.grad, expected.grad) < GRADIENT[torch.bfloat16], name
 
 
-def test_very_negative_scores_are_numbers(device):
+@both_paths
+def test_very_negative_scores_are_numbers(path, device):
     """All scores near -120: where a kernel scores keys that are not there as 0, its exponentials overflow."""
     tensors, layout = attention_call(704, torch.float64, device)
     tensors = [tensor * 0.1 for tensor in tensors]
@@ -89,26 +154,27 @@ def test_very_negative_scores_are_numbers(device):
     for key in (tensors[1], tensors[3]):
         key[..., 0] = -120 * key.shape[-1] ** 0.5
     leaves = [tensor.bfloat16().requires_grad_() for tensor in tensors]
-    output = attend_blocks(*leaves, layout)
+    output = path.attend_blocks(*leaves, layout)
     output.backward(torch.randn_like(output))
     for name, leaf in zip(("q", "k", "v", "slot k", "slot v"), leaves, strict=True):
         assert leaf.grad.isfinite().all(), name
 
 
+@both_paths
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_no_gradient_by_a_later_token(dtype, device):
+def test_no_gradient_by_a_later_token(dtype, path, device):
     tensors, layout = attention_call(700, dtype, device, block=32)
     states = torch.stack(tensors[:3]).requires_grad_()
     weight = torch.rand(1, 1, 32, 4, device=device, dtype=dtype) / 32
     query, key, value = states
-    output = attend_blocks(query, key, value, mix_blocks(key, weight), mix_blocks(value, weight), layout)
+    output = path.attend_blocks(query, key, value, mix_blocks(key, weight), mix_blocks(value, weight), layout)
     for t in (0, 30, 31, 32, 255, 256, 300, 511, 512, 698):
         (gradient,) = torch.autograd.grad(output[:, :, t].float().sum(), states, retain_graph=True)
         assert not gradient[:, :, :, t + 1 :].any()
         assert gradient[2, :, :, : t + 1].any()
 
 
-def test_deterministic_algorithms_give_the_same_bits(device):
+def test_the_pytorch_path_gives_the_same_bits_where_asked(device):
     tensors, layout = attention_call(2048, torch.bfloat16, device)
     leaves = [tensor.requires_grad_() for tensor in tensors]
     runs = []
@@ -123,7 +189,22 @@ def test_deterministic_algorithms_give_the_same_bits(device):
         assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
 
 
-def test_memory_is_linear(device):
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_kernels_always_give_the_same_bits(packed, device, started):
+    tensors, layout = attention_call(2048, torch.bfloat16, device)
+    first_block = torch.arange(2048 // 64, device=device)[None] // 5 * 5 if packed else None
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    runs = []
+    for _ in range(3):
+        output = kernels_linformer.attend_blocks(*leaves, layout, first_block)
+        runs.append([output, *torch.autograd.grad(output, leaves, output.detach())])
+    assert started
+    for again in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
+
+
+@both_paths
+def test_memory_is_linear(path, device):
     """With k = 1024 slots at both lengths."""
     peaks = []
     for tokens, slots_per_block in ((16384, 4), (32768, 2)):
@@ -132,7 +213,7 @@ def test_memory_is_linear(device):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        attend_blocks(*leaves, layout).sum().backward()
+        path.attend_blocks(*leaves, layout).sum().backward()
         peaks.append(torch.cuda.max_memory_allocated() - before)
         del tensors, leaves
     assert peaks[1] < 2.2 * peaks[0]
@@ -141,7 +222,7 @@ def test_memory_is_linear(device):
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")  # torch, on switching it on
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("projection", ["learned", "convolution", "pooling"])
-def test_forward_and_backward_never_wait(causal, projection, device):
+def test_forward_and_backward_never_wait(causal, projection, device, started):
     """With and without padding, packed, prefilled, continued and decoded: any synchronisation raises."""
     config = LinformerConfig(**REAL | {"causal": causal, "projection": projection})
     model = (LinformerForCausalLM if causal else LinformerForMaskedLM)(config).to(device, torch.bfloat16)
@@ -152,6 +233,7 @@ def test_forward_and_backward_never_wait(causal, projection, device):
     documents[:, 128:] = 1
     model(ids, attention_mask=mask, use_cache=False).logits.sum().backward()
     torch.cuda.set_sync_debug_mode("error")
+    started.clear()
     try:
         model(ids, use_cache=False).logits.sum().backward()
         output = model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
@@ -165,6 +247,7 @@ def test_forward_and_backward_never_wait(causal, projection, device):
                     past = model(ids[:, :1], past_key_values=past).past_key_values
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert bool(started) is causal  # an encoder's slots are plain attention
 
 
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
@@ -217,3 +300,244 @@ def test_generate(device):
     assert together.shape == (3, 100)
     beams = model.generate(ids, attention_mask=mask, num_beams=3, **how)
     assert beams.shape == (3, 100)
+
+
+@compiles
+@pytest.mark.parametrize("precision", ["autocast", "weights"])
+@pytest.mark.parametrize("position_embedding", ["rotary", "learned"])
+@pytest.mark.parametrize("projection", ["learned", "convolution", "pooling"])
+def test_the_model_compiles_into_one_graph(projection, position_embedding, precision, device, started):
+    torch.compiler.reset()
+    dtype = torch.float32 if precision == "autocast" else torch.bfloat16
+    how = {"projection": projection, "position_embedding": position_embedding, "depth": 1}
+    model = real_model(device, dtype, **how)
+    ids = torch.randint(0, 1000, (2, 300), device=device)
+    autocast = torch.bfloat16 if precision == "autocast" else None
+    eager = values_and_gradients(model, ids, autocast)
+    truth = values_and_gradients(in_float64(model), ids)
+    started.clear()
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.autocast(device.type, autocast, enabled=autocast is not None):
+        output = compiled(ids, labels=ids, use_cache=False)
+    model.zero_grad()
+    (output.loss * SCALE).backward()
+    actual = {"logits": output.logits.detach(), "loss": output.loss.detach()}
+    actual |= {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert set(started) == {torch.bfloat16}
+    assert_within_the_table(actual, truth, torch.bfloat16)
+    assert_within_the_table(actual, eager, torch.bfloat16)
+
+
+@compiles
+@pytest.mark.parametrize("shared_weights", [False, True])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_mixing_and_attention_compile_into_one_graph(dynamic, shared_weights, device):
+    """dynamic: lengths share graphs."""
+    torch.compiler.reset()
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    compiled = torch.compile(kernels_linformer.mix_and_attend, fullgraph=True, dynamic=dynamic, backend=count)
+    for tokens in (300, 411, 1000):
+        tensors, weights, layout = mixing_call(tokens, torch.bfloat16, device)
+        weights = weights[:1] * 2 if shared_weights else weights
+        leaves = [tensor.requires_grad_() for tensor in (*tensors, *weights[: 1 if shared_weights else 2])]
+        runs = []
+        for attend in (kernels_linformer.mix_and_attend, compiled):
+            output = attend(*tensors, weights, layout)
+            runs.append([output, *torch.autograd.grad(output, leaves, torch.ones_like(output))])
+        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    assert len(graphs) < 3 if dynamic else len(graphs) == 3
+
+
+def mixing_call(tokens, dtype, device, block=64, slots=4, heads=8, dim=64):
+    """Queries, keys and values, the two mixing weights, and the layout: :func:`mix_and_attend` without positions."""
+    tensors = [torch.randn(2, heads, tokens, dim, device=device).to(dtype) for _ in range(3)]
+    weights = [(torch.rand(heads, 1, block, slots, device=device) / block).to(dtype) for _ in range(2)]
+    return tensors, weights, BlockLayout(block, 128, slots, 32)
+
+
+@pytest.mark.parametrize("how", ["plain", "padded", "packed"])
+@pytest.mark.parametrize("position_embedding", ["rotary", "learned"])
+def test_the_operators_keep_their_promises(position_embedding, how, device, monkeypatch):
+    """Schema, and shapes, dtypes and strides that torch.compile is told, on the arguments of a training step."""
+    names = [name for name in vars(kernels_linformer) if name.endswith("_op")]
+    calls = {}
+
+    def recording(name, operator):
+        def record(*arguments):
+            calls[name] = (operator, [a.detach() if torch.is_tensor(a) else a for a in arguments])
+            return operator(*arguments)
+
+        return record
+
+    for name in names:
+        monkeypatch.setattr(kernels_linformer, name, recording(name, getattr(kernels_linformer, name)))
+    model = real_model(device, torch.bfloat16, position_embedding=position_embedding)
+    ids = torch.randint(0, 1000, (2, 300), device=device)
+    inputs = inputs_of(how, ids)
+    values_and_gradients(model, ids, **inputs)
+    tensors, layout = attention_call(300, torch.bfloat16, device)
+    kernels_linformer.attend_blocks(*(tensor.requires_grad_() for tensor in tensors), layout).sum().backward()
+    assert len(names) == 4
+    assert calls.keys() == set(names)
+    for operator, arguments in calls.values():
+        torch.library.opcheck(operator, tuple(arguments), test_utils=("test_schema", "test_faketensor"))
+
+
+def inputs_of(how, ids):
+    """Nothing more; row 0 padded on the left; three documents in a row, which start at multiples of 32."""
+    if how == "padded":
+        mask = torch.ones_like(ids)
+        mask[0, :70] = 0
+        return {"attention_mask": mask}
+    if how == "packed":
+        column = torch.arange(ids.shape[1], device=ids.device)
+        return {"document_ids": ((column >= 96).long() + (column >= 256)).expand_as(ids).contiguous()}
+    return {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("projection", ["learned", "convolution", "pooling"])
+def test_autocast_takes_the_low_precision(projection, dtype, device, started):
+    model = real_model(device, projection=projection)
+    ids = torch.randint(0, 1000, (2, 300), device=device)
+    actual = values_and_gradients(model, ids, dtype)
+    assert set(started) == {dtype}
+    started.clear()
+    truth = values_and_gradients(in_float64(model), ids)
+    assert not started
+    assert_within_the_table(actual, truth, dtype)
+    assert {parameter.grad.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_activation_checkpointing_changes_no_bit(autocast, use_reentrant, device, started):
+    model = real_model(device).train()
+    ids = torch.randint(0, 1000, (2, 300), device=device)
+    expected = values_and_gradients(model, ids, autocast)
+    calls = len(started)
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": use_reentrant})
+    actual = values_and_gradients(model, ids, autocast)
+    assert len(started) > 2 * calls  # forward kernels ran again
+    for name in expected:
+        assert torch.equal(actual[name], expected[name]), name
+
+
+@pytest.mark.parametrize("how", ["plain", "padded", "packed"])
+@pytest.mark.parametrize("projection", ["learned", "convolution", "pooling"])
+def test_two_steps_of_training_give_the_same_bits(projection, how, device, started):
+    runs = []
+    for _ in range(2):
+        model = real_model(device, projection=projection)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        ids, seen = torch.randint(0, 1000, (2, 600), device=device), {}
+        for step in range(2):
+            found = values_and_gradients(model, ids, torch.bfloat16, **inputs_of(how, ids))
+            seen |= {f"{name}, step {step}": value for name, value in found.items()}
+            optimizer.step()
+        runs.append(seen)
+    assert started
+    for name, value in runs[0].items():
+        assert torch.equal(runs[1][name], value), name
+    assert not torch.equal(runs[0]["loss, step 0"], runs[0]["loss, step 1"])
+
+
+@pytest.mark.parametrize("how", ["plain", "padded", "packed"])
+def test_without_triton_the_model_is_the_same(how, device, started, monkeypatch):
+    model = real_model(device, torch.bfloat16)
+    ids = torch.randint(0, 1000, (2, 300), device=device)
+    inputs = inputs_of(how, ids)
+    truth = values_and_gradients(in_float64(model), ids, **inputs)
+    fused = values_and_gradients(model, ids, **inputs)
+    assert started
+    started.clear()
+    monkeypatch.setattr(kernels_linformer, "triton", None)
+    plain = values_and_gradients(model, ids, **inputs)
+    assert not started
+    for actual in (fused, plain):
+        real = {"logits": actual["logits"] * kept(ids, inputs)}
+        expected = {"logits": truth["logits"] * kept(ids, inputs)}
+        assert_within_the_table(actual | real, truth | expected, torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(5):
+        optimizer.step()
+        after = values_and_gradients(model, ids, **inputs)
+    assert not started
+    assert after["loss"] < plain["loss"]
+
+
+def kept(ids, inputs):
+    """1 at real tokens, [B, T, 1]; what a model says at padding means nothing."""
+    return inputs.get("attention_mask", torch.ones_like(ids))[..., None]
+
+
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("how", ["plain", "padded", "packed"])
+@pytest.mark.parametrize("projection", ["learned", "convolution", "pooling"])
+def test_bfloat16_on_the_device_equals_float64_on_the_cpu(projection, how, attn_implementation, device, started):
+    """Weights rounded to bfloat16 in both."""
+    model = real_model(device, torch.bfloat16, projection=projection).eval()
+    truth = in_float64(model).cpu()
+    model.set_attn_implementation(attn_implementation)
+    ids = torch.randint(0, 1000, (2, 300), device=device)
+    inputs = inputs_of(how, ids)
+    on_cpu = {name: value.cpu() for name, value in inputs.items()}
+    with torch.no_grad():
+        actual = model(ids, use_cache=False, **inputs).logits
+        expected = truth(ids.cpu(), use_cache=False, **on_cpu).logits
+    real = kept(ids, inputs).cpu()
+    assert bool(started) is (attn_implementation == "sdpa")
+    assert relative_error(actual.cpu() * real, expected * real) < VALUE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_bfloat16_decoding_equals_float64_on_the_cpu(padded, device, started):
+    """Prefill, continuation over several blocks, single tokens."""
+    model = real_model(device, torch.bfloat16).eval()
+    ids = torch.randint(0, 1000, (2, 400), device=device)
+    inputs = inputs_of("padded" if padded else "plain", ids)
+    mask = inputs.get("attention_mask", torch.ones_like(ids))
+    past, logits, start = None, [], 0
+    with torch.no_grad():
+        for size in (200, 1, 150, *[1] * 49):
+            now = {"attention_mask": mask[:, : start + size]} if padded else {}
+            output = model(ids[:, start : start + size], past_key_values=past, use_cache=True, **now)
+            past, start = output.past_key_values, start + size
+            logits.append(output.logits.cpu())
+            assert size == 1 or started
+        expected = in_float64(model).cpu()(ids.cpu(), attention_mask=mask.cpu(), use_cache=False).logits
+    real = mask.cpu()[..., None]
+    assert relative_error(torch.cat(logits, 1) * real, expected * real) < VALUE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_processes_share_a_batch(processes, device, tmp_path):
+    """DDP and FSDP 2 find the gradients of one process on the joined batch: torchrun, NCCL, a device each."""
+    if torch.cuda.device_count() < processes:
+        pytest.skip(f"needs {processes} CUDA devices")
+    script, report = Path(__file__).with_name("kernels_distributed_run.py"), tmp_path / "report.json"
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        + [str(script), device.type, str(report)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(script.parent.parent), "OMP_NUM_THREADS": "1"},
+        timeout=400,
+    )
+    assert run.returncode == 0, run.stdout
+    cases = json.loads(report.read_text())
+    assert cases.keys() == {f"{wrapper} {dtype}" for wrapper in ("ddp", "fsdp") for dtype in ("float32", "bfloat16")}
+    for case, found in cases.items():
+        assert found["processes"] == processes
+        assert found["kernels"], case
+        # float32: sums in another order. bfloat16: both runs round, each within the table of the truth.
+        limit = GRADIENT[torch.bfloat16] if "bfloat16" in case else 10 * GRADIENT[torch.float32]
+        for name, error in found["errors"].items():
+            assert error < limit, (case, name)

@@ -56,8 +56,10 @@ def test_the_folder_holds_weights_configuration_and_code(folder):
         "configuration_linformer.py",
         "attention_linformer.py",
         "cache_linformer.py",
+        "kernels_linformer.py",
         "layers_linformer.py",
         "modeling_linformer.py",
+        "triton_linformer.py",
     }
     stored = json.loads((folder / "config.json").read_text())
     assert {"embed_dim", "depth", "heads", "seq_length"} <= stored.keys()
@@ -97,6 +99,29 @@ def test_opens_without_linpass(folder, tmp_path):
     ids = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
     assert float(total) == model(ids).logits.double().sum().item()
     assert json.loads(generated) == model.generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=None).tolist()
+
+
+def test_opens_without_linpass_and_triton(folder, tmp_path):
+    """As on macOS or Windows; the code in the folder takes its PyTorch path."""
+    output = run_without_linpass(
+        """
+        sys.modules["triton"] = None
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        loss = model(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        kernels = sys.modules[type(model).__module__.replace("modeling_linformer", "triton_linformer")]
+        assert kernels.triton is None
+        print(loss.item(), model.model.layers[0].attention.projection.key.grad.abs().sum().item())
+        """,
+        folder,
+        tmp_path,
+    )
+    model = LinformerForCausalLM.from_pretrained(folder)
+    ids = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
+    loss = model(ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    expected = [loss.item(), model.model.layers[0].attention.projection.key.grad.abs().sum().item()]
+    assert [float(number) for number in output.split()] == pytest.approx(expected, rel=1e-6)
 
 
 def test_an_encoder_opens_without_linpass(build, tiny_config, tmp_path):

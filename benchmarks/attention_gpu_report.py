@@ -1,0 +1,205 @@
+"""What an attention call must cost at least, and the page of tables that measurements on a GPU become."""
+
+from benchmarks.attention_gpu_cases import CUDNN, FLASH, OURS, Shape
+
+# Forward and backward over cuDNN's full causal attention, 8 heads of 64: what the project set out to reach.
+TARGETS = {512: 1.0, 2048: 1.5, 8192: 4.0, 32768: 12.0, 65536: 25.0}
+MEMORY_TARGET = 1.3  # peak memory over that of flash attention at n = 512
+
+
+def floor(shape: Shape, batch: int, flop_per_s: float, bytes_per_s: float) -> dict:
+    """Least milliseconds of the two passes: per pass the larger of operations and bytes, at the measured ceilings.
+
+    Operations: 4·D forward and 10·D backward for every pair of a query and a slot or token that it sees, no more; and
+    the mixing, 2·b·r·D a block for keys and for values, twice that backward. Bytes: inputs (queries, keys, values, E,
+    F; backward also the gradient of the output) read once, outputs (backward: five gradients) written once.
+    """
+    b, w, r, view = shape.layout[:4]
+    pairs = sum(min(t + 1, w) + r * min((t + 1) // b, view) for t in range(shape.tokens))
+    mixing = 4 * (shape.tokens // b) * b * r * shape.dim
+    rows = batch * shape.heads
+    states, weights = 2 * rows * shape.tokens * shape.dim, 2 * (shape.tokens // b) * b * r
+    passes = {
+        "forward": (rows * (4 * shape.dim * pairs + mixing), 4 * states + 2 * weights),
+        "backward": (rows * (10 * shape.dim * pairs + 2 * mixing), 7 * states + 4 * weights),
+    }
+    bounds = {n: (1e3 * flop / flop_per_s, 1e3 * size / bytes_per_s) for n, (flop, size) in passes.items()}
+    return {
+        "gflop": round(sum(flop for flop, _ in passes.values()) / 1e9, 1),
+        "gbyte": round(sum(size for _, size in passes.values()) / 1e9, 2),
+        "forward_floor_ms": round(max(bounds["forward"]), 4),
+        "floor_ms": round(sum(max(times) for times in bounds.values()), 4),
+        "bound_by": {name: "operations" if flop > size else "bytes" for name, (flop, size) in bounds.items()},
+    }
+
+
+def line(row: dict) -> str:
+    """A row for the screen."""
+    names = f"{row['heads']}x{row['dim']} n={row['n']}" if "n" in row else row["case"]
+    words = [row["variant"], names]
+    if "graph_ms" in row:
+        words.append(f"{row['graph_ms'][0]} ms from a graph")
+    if "both_ms" in row:
+        words.append(f"{row['both_ms'][0]} ms (forward {row['forward_ms'][0]}), {row['host_ms']} to enqueue")
+        words.append(f"{row['peak_MiB']} MiB")
+    if "over_floor" in row:
+        words.append(f"{row['over_floor']} x the floor of {row['floor_ms']}")
+    if row.get("errors"):
+        words.append(f"error {max(row['errors'].values())}")
+    if row.get("passed") is False:
+        words.append(f"RED: {row}")
+    return ", ".join([*words, *([f"failed: {row['failed']}"] if "failed" in row else [])])
+
+
+def timed(result: dict) -> dict[tuple, dict]:
+    """Rows with times by heads, features of a head, n and variant."""
+    rows = (row for row in result["timing"] if "both_ms" in row)
+    return {(row["heads"], row["dim"], row["n"], row["variant"]): row for row in rows}
+
+
+def speed_up(rows: dict[tuple, dict], heads: int, dim: int, n: int) -> float | None:
+    """Forward and backward of cuDNN's full causal attention over ours."""
+    ours, theirs = rows.get((heads, dim, n, OURS.name)), rows.get((heads, dim, n, CUDNN.name))
+    return round(theirs["both_ms"][0] / ours["both_ms"][0], 3) if ours and theirs else None
+
+
+def memory_ratio(rows: dict[tuple, dict], n: int = 512) -> float | None:
+    """Peak memory of ours over flash attention's, 8 heads of 64."""
+    ours, theirs = rows.get((8, 64, n, OURS.name)), rows.get((8, 64, n, FLASH.name))
+    return round(ours["peak_MiB"] / theirs["peak_MiB"], 3) if ours and theirs and theirs["peak_MiB"] else None
+
+
+def summary(result: dict) -> dict:
+    """The answers in short: speed-ups and whether they meet their targets, distance from the floor, what failed."""
+    rows = timed(result)
+    found = {n: speed_up(rows, 8, 64, n) for n in TARGETS}
+    checked = [row for row in result["gate"] if "passed" in row]
+    return {
+        "over_cudnn": {n: ratio for n, ratio in found.items() if ratio},
+        "met": {n: ratio >= TARGETS[n] for n, ratio in found.items() if ratio},
+        "over_floor": {f"{h}x{d} {n}": row["over_floor"] for (h, d, n, _), row in rows.items() if "over_floor" in row},
+        "memory_over_flash_at_512": memory_ratio(rows),
+        "red": [[row["variant"], row["case"]] for row in checked if not row["passed"]],
+        "failed": [[row["variant"], row.get("n") or row.get("case")] for row in all_rows(result) if "failed" in row],
+        "left_out": len(result["left_out"]),
+    }
+
+
+def all_rows(result: dict) -> list[dict]:
+    return [row for section in ("gate", "timing", "graphs") for row in result[section]]
+
+
+def page(result: dict) -> str:
+    """All tables, as Markdown."""
+    where, ceilings = result["environment"], result["ceilings"]
+    lines = [
+        f"# Causal attention on one GPU, {where['date']}",
+        "",
+        f"{where['hardware']}; torch {where['torch']}, Triton {where['triton']}, cuDNN {where['cudnn']}, linpass "
+        f"{where['linpass']} ({where['commit'] or 'commit unknown'}). Command: `{where['command']}`.",
+        "",
+        f"bfloat16, {where['batch_tokens']:,} tokens a batch (one row beyond that), attention alone; w = 128, E and F "
+        "learned, shared by the heads, with mixing and their gradients in the time. Medians of at least "
+        f"{where['repeats']} repeats, of 5 where one takes more than 0.1 s.",
+    ]
+    if ceilings:
+        lines += [
+            "",
+            f"Measured ceilings: {ceilings['matmul_tflop_per_s']} TFLOP/s (product of two 8192 × 8192 bfloat16 "
+            f"matrices, random numbers), {ceilings['copy_tbyte_per_s']} TB/s (copy on the device, read and written).",
+        ]
+    rows = timed(result)
+    for heads, dim in dict.fromkeys(key[:2] for key in rows):
+        here = {key: row for key, row in rows.items() if key[:2] == (heads, dim)}
+        lines += [*times_table(here, f"## {heads} heads of {dim}"), *ours_table(here), *memory_table(here)]
+    lines += [*graphs_table(result), *gate_table(result), *notes(result)]
+    return "\n".join(lines) + "\n"
+
+
+def table(head: list, body: list[list]) -> list[str]:
+    rows = [head, ["---"] * len(head), *body]
+    return ["", *("| " + " | ".join("" if cell is None else str(cell) for cell in row) + " |" for row in rows)]
+
+
+def by_length(rows: dict[tuple, dict], cell) -> list[str]:
+    """A line for each variant, a column for each n."""
+    lengths = sorted({key[2] for key in rows})
+    variants = dict.fromkeys(key[3] for key in rows)
+    found = {key[2:]: row for key, row in rows.items()}
+    body = [[name, *(cell(found[n, name]) if (n, name) in found else None for n in lengths)] for name in variants]
+    return table(["variant", *(f"n = {n}" for n in lengths)], body)
+
+
+def times_table(rows: dict[tuple, dict], title: str) -> list[str]:
+    cells = by_length(rows, lambda row: f"{row['both_ms'][0]} ({row['forward_ms'][0]})")
+    return ["", title, "", "Milliseconds, forward and backward (forward):", *cells]
+
+
+def ours_table(rows: dict[tuple, dict]) -> list[str]:
+    """Speed-up with target, and the distance from the floor."""
+    body = []
+    for heads, dim, n, variant in sorted(rows):
+        row, target = rows[heads, dim, n, variant], TARGETS.get(n) if (heads, dim) == (8, 64) else None
+        if variant != OURS.name:
+            continue
+        ratio = speed_up(rows, heads, dim, n)
+        met = None if target is None or ratio is None else "yes" if ratio >= target else "no"
+        sizes, bound = f"{row['k']}, {row['b']}, {row['r']}", row.get("bound_by", {})
+        quartiles = f"{row['both_ms'][0]} [{row['both_ms'][1]}, {row['both_ms'][2]}]"
+        limits = f"{bound.get('forward', '')}, {bound.get('backward', '')}" if bound else None
+        distance = [row.get("floor_ms"), row.get("over_floor"), limits]
+        body.append([n, sizes, quartiles, row["host_ms"], ratio, target, met, *distance])
+    if not body:
+        return []
+    head = ["n", "k, b, r", "ms [quartiles]", "ms to enqueue", "× cuDNN", "target", "met"]
+    head += ["floor ms", "× floor", "floor is (forward, backward)"]
+    text = (
+        "linpass, forward and backward, against cuDNN's full causal attention, and against the least that any version"
+    )
+    return ["", f"{text} can take:", *table(head, body)]
+
+
+def memory_table(rows: dict[tuple, dict]) -> list[str]:
+    lines = [
+        "",
+        "Peak memory beyond inputs and their gradients, MiB (equal numbers are linear in n):",
+        *by_length(rows, lambda row: row["peak_MiB"]),
+    ]
+    worst = {key: row for key, row in rows.items() if row.get("errors")}
+    if worst:
+        lines += ["", "Largest relative error of output and gradients against float64:"]
+        lines += by_length(worst, lambda row: max(row["errors"].values()))
+    ratio = memory_ratio(rows)
+    if ratio:
+        lines += ["", f"At n = 512 linpass takes {ratio} × the memory of flash attention (target: {MEMORY_TARGET})."]
+    return lines
+
+
+def graphs_table(result: dict) -> list[str]:
+    body = [[r["heads"], r["n"], r["variant"], r.get("graph_ms", [r.get("failed")])[0]] for r in result["graphs"]]
+    if not body:
+        return []
+    text = "Forward and backward replayed from a CUDA graph, so without the time that Python needs to launch them:"
+    return ["", "## Without launch times", "", text, *table(["heads", "n", "variant", "ms"], body)]
+
+
+def gate_table(result: dict) -> list[str]:
+    body = []
+    for row in result["gate"]:
+        state = "failed" if "failed" in row else "passed" if row["passed"] else "RED"
+        detail = row.get("failed") or (max(row["errors"].values()) if "errors" in row else None)
+        body.append([row["variant"], row["case"], state, detail])
+    text = (
+        "Against float64 on the same inputs, each case with NaN in memory that nobody wrote to, numbers that are not "
+        "finite refused, three runs equal to the bit. With scores near -120 the error is not judged."
+    )
+    return ["", "## Correctness", "", text, *table(["variant", "case", "result", "largest error"], body)]
+
+
+def notes(result: dict) -> list[str]:
+    failed = [
+        f"- {r['variant']}, {r['heads']} heads, n = {r['n']}: {r['failed']}" for r in result["timing"] if "failed" in r
+    ]
+    left = [f"- {names['section']}: {line(names)}" for names in result["left_out"]]
+    lines = ["", "Failed:", "", *failed] if failed else []
+    return lines + (["", "Left out for want of time:", "", *left] if left else [])

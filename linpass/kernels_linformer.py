@@ -1,0 +1,562 @@
+r"""Causal Linformer attention as fused Triton kernels: functions of ``attention_linformer``, same names and signatures.
+
+Every query sees a range of slot rows and a range of token rows, and both ranges move on with the query; so one loop
+over tiles, first of slots, then of tokens, with one running softmax (Milakov and Gimelshein 2018; Dao 2023,
+FlashAttention-2) does all, and tiles outside the two ranges are never read. In the backward pass every gradient row is
+summed by one program in a fixed order: no atomics, two runs give the same bits. That takes three launches
+
+1. gradient of the queries, and the row sums of output * gradient,
+2. gradient of the slots, over the queries after their block (split in parts where there are few slots),
+3. gradient of the tokens: their window, and what flows back through the mixing, with the gradients of E and F,
+
+and 7 products of matrices where FlashAttention-2, which adds the gradients of queries with atomics, needs 5.
+
+Without Triton or CUDA, for float64, and for the rare calls named in :func:`_fits` the functions are those of
+``attention_linformer``, which is also the oracle of the tests. Shape suffixes as there.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import attention_linformer as plain
+from . import triton_linformer as kernels
+from .attention_linformer import BlockLayout
+from .triton_linformer import triton  # by name: so transformers copies the file into saved folders
+
+# Programs that fill a large GPU a few times over: the slots of a few long rows are cut until there are so many.
+ENOUGH_PROGRAMS = 1024
+# Tokens that a program of the mixing reads at a time.
+MIXED_TOKENS = 64
+# Programs along the second and third dimension of a CUDA grid.
+LARGEST_GRID = 65535
+
+
+class Tile(NamedTuple):
+    """Rows of queries and of keys that a program holds at a time; warps; pipeline stages; most registers a thread."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+    registers: int | None = None
+
+
+def attend_blocks(
+    query_BHND: Tensor,
+    key_BGMD: Tensor,
+    value_BGMD: Tensor,
+    slot_key_BGSD: Tensor,
+    slot_value_BGSD: Tensor,
+    layout: BlockLayout,
+    first_block_BC: Tensor | None = None,
+) -> Tensor:
+    """:func:`attention_linformer.attend_blocks`, fused where :func:`_fits`.
+
+    Cost: time O(B·H·N·(k + w)·D); memory O(B·H·N·D), nothing of it for scores or copies of keys.
+    Invariants: as there; two runs give the same bits, forward and backward.
+    """
+    tensors = _one_dtype(query_BHND, key_BGMD, value_BGMD, slot_key_BGSD, slot_value_BGSD)
+    if not _fits(tensors, layout):
+        return plain.attend_blocks(*tensors, layout, first_block_BC)
+    return _Attend.apply(*tensors, first_block_BC, list(layout))
+
+
+def mix_and_attend(
+    query_BHND: Tensor,
+    key_BGND: Tensor,
+    value_BGND: Tensor,
+    weights: tuple[Tensor, Tensor],
+    layout: BlockLayout,
+    rotated_key_BGND: Tensor | None = None,
+    slot_angles: tuple[Tensor, Tensor] | None = None,
+    block_BC: Tensor | None = None,
+    first_block_BC: Tensor | None = None,
+) -> Tensor:
+    """:func:`attention_linformer.mix_and_attend`, fused where :func:`_fits`.
+
+    The mixing is one pass over keys and values; its backward pass is part of the gradient of the tokens.
+
+    Cost, invariants: those of :func:`attend_blocks`, and 2·B·G·N·r numbers for the gradients of E and F.
+    """
+    near = key_BGND if rotated_key_BGND is None else rotated_key_BGND
+    query, near, value, key = _one_dtype(query_BHND, near, value_BGND, key_BGND)
+    if not _fits((query, near, value, key), layout) or not _fits_mixing(query, layout):
+        return plain.mix_and_attend(
+            query, key, value, weights, layout, near, slot_angles, block_BC, first_block_BC, attend=attend_blocks
+        )
+    mixed = None if rotated_key_BGND is None else key
+    if weights[0] is weights[1]:  # torch.compile wants every input of a function once
+        weights = weights[0], weights[1].view_as(weights[1])
+    cos, sin = (None, None) if slot_angles is None else slot_angles
+    return _MixAndAttend.apply(query, near, value, mixed, *weights, cos, sin, block_BC, first_block_BC, list(layout))
+
+
+def _fits(tensors: tuple[Tensor, ...], layout: BlockLayout) -> bool:
+    """Triton, a GPU with bfloat16 (Ampere, 2020, or later), 16 to 256 features in at most 32 bits.
+
+    Gradients through a cache (``past_tokens``) have no kernel: training does not form any.
+    """
+    query = tensors[0]
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    if triton is None or query.dtype not in dtypes or not 16 <= query.shape[-1] <= 256:
+        return False
+    if query.numel() == 0 or query.shape[0] > LARGEST_GRID:
+        return False
+    past = layout.past_tokens or layout.past_blocks
+    if past and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return False
+    return _interprets() if query.device.type == "cpu" else query.is_cuda and _is_recent(query.device)
+
+
+def _fits_mixing(query: Tensor, layout: BlockLayout) -> bool:
+    """All slots that a tile of tokens enters are mixed in one product: some slots, up to 128."""
+    tile = _tile("token", _padded(query.shape[-1]), query.element_size())
+    r = layout.slots_per_block
+    return r > 0 and _slots_tile(tile.keys, layout.block_size, r) <= 128
+
+
+@torch.compiler.assume_constant_result
+def _interprets() -> bool:
+    """Triton runs on the CPU, in its interpreter (``TRITON_INTERPRET=1`` when this file is imported): for the tests."""
+    return not isinstance(kernels.forward_kernel, triton.runtime.JITFunction)
+
+
+@torch.compiler.assume_constant_result
+def _is_recent(device: torch.device) -> bool:
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Autocast's dtype where it is on, else that of the first tensor."""
+    device = tensors[0].device.type
+    automatic = device == "cuda" and torch.is_autocast_enabled(device) and tensors[0].dtype != torch.float64
+    dtype = torch.get_autocast_dtype(device) if automatic else tensors[0].dtype
+    return tuple([tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors])
+
+
+# Tiles that were the fastest on an H200 (docs/speed.md), by kernel and padded head dimension, in half precision.
+TILES = {
+    ("forward", 64): Tile(64, 64, 4, 3, 128),
+    ("query", 64): Tile(64, 32, 4, 3, 96),
+    ("slot", 64): Tile(32, 64, 4, 3),
+    ("token", 64): Tile(32, 64, 4, 3, 128),
+    ("forward", 128): Tile(64, 32, 4, 2, 128),
+    ("query", 128): Tile(64, 32, 4, 2, 168),
+    ("slot", 128): Tile(32, 64, 4, 3),
+    ("token", 128): Tile(32, 64, 4, 3),
+    ("forward", 256): Tile(64, 32, 4, 2),
+    ("query", 256): Tile(32, 32, 4, 2),
+    ("slot", 256): Tile(32, 32, 4, 2),
+    ("token", 256): Tile(32, 32, 4, 2),
+}
+
+
+def _tile(kernel: str, padded: int, itemsize: int) -> Tile:
+    if itemsize == 4:  # products on the ordinary units, operands twice as large
+        return Tile(32, 32, 4, 1) if padded <= 128 else Tile(16, 32, 4, 1)
+    return TILES[kernel, max(64, padded)]
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """Of float32 products: what PyTorch's own matrix products are set to."""
+    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+
+
+def _power_of_two(number: int) -> int:
+    """The first one that is not smaller; Triton's own function takes microseconds."""
+    return 1 << (number - 1).bit_length()
+
+
+def _padded(dim: int) -> int:
+    return max(16, _power_of_two(dim))
+
+
+def _unit_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """With features next to each other in memory; every other stride is free."""
+    return tuple(tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors)
+
+
+def _like_tokens(states_BHND: Tensor) -> Tensor:
+    """Uninitialised, same shape, [B, N, H, D] in memory: what the projections before and after want."""
+    batch, heads, tokens, dim = states_BHND.shape
+    return states_BHND.new_empty(batch, tokens, heads, dim).transpose(1, 2)
+
+
+def _strides(tensor: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0, 0) if tensor is None else tensor.stride()
+
+
+def _end_block(first_block_BC: Tensor | None, blocks: int) -> Tensor | None:
+    """Number of the block after the last one whose queries may see each block; ``first_block_BC`` never falls."""
+    if first_block_BC is None:
+        return None
+    first = first_block_BC.contiguous()
+    number = torch.arange(blocks, device=first.device, dtype=first.dtype).expand(len(first), -1).contiguous()
+    return torch.searchsorted(first, number, right=True)
+
+
+def _empty_parts(key: Tensor, slots: int, layout: BlockLayout) -> Tensor:
+    """For the gradients of the mixing weights by every row, group and block: [2, B, G, C, P, R].
+
+    Their sums are formed in float32. float16 would overflow where bfloat16 does not.
+    """
+    b, r = layout.block_size, layout.slots_per_block
+    dtype = key.dtype if key.dtype == torch.bfloat16 else torch.float32
+    return key.new_empty(2, *key.shape[:2], slots // max(r, 1), b, r, dtype=dtype)
+
+
+def _fold_parts(tiles: int, tokens: int) -> int:
+    """Parts that the queries of a slot are cut in, so that the programs fill a GPU; a function of the shapes alone."""
+    return max(1, min(-(-ENOUGH_PROGRAMS // max(tiles, 1)), tokens // 1024))
+
+
+COMPILED: dict[tuple, Any] = {}
+
+
+def _launch(kernel: Any, grid: tuple[int, int, int], tile: Tile, tensors: tuple, numbers: tuple) -> None:
+    """Starts a kernel on the arguments ``(*tensors, *numbers)``.
+
+    Triton's own launch looks at every argument anew, 0.1 ms a call, more than the kernels take for few tokens. It
+    chooses the compiled kernel by dtypes, by the numbers and by whether pointers are multiples of 16: so does the key.
+    """
+    device = tensors[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return _launch(kernel, grid, tile, tensors, numbers)
+    pattern = tuple([None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors])
+    key = (kernel, device, tile, pattern, numbers)
+    compiled = COMPILED.get(key)
+    if compiled is not None:
+        compiled[grid](*tensors, *numbers)
+        return None
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers}
+    compiled = kernel[grid](*tensors, *numbers, **options)
+    if compiled is not None:  # the interpreter returns nothing
+        if len(COMPILED) >= 4096:  # of calls whose lengths never repeat
+            COMPILED.clear()
+        COMPILED[key] = compiled
+    return None
+
+
+class _Attend(torch.autograd.Function):
+    """Keeps the inputs, the output and one number a query."""
+
+    @staticmethod
+    def forward(ctx: Any, query, key, value, slot_key, slot_value, first_block, layout):
+        output, logsumexp = attend_op(query, key, value, slot_key, slot_value, first_block, layout)
+        ctx.save_for_backward(query, key, value, slot_key, slot_value, first_block, output, logsumexp)
+        ctx.layout = layout
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad):
+        return *attend_backward_op(grad, *ctx.saved_tensors, ctx.layout), None, None
+
+
+class _MixAndAttend(torch.autograd.Function):
+    """Keeps the inputs, the slots, the output and one number a query."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query, key, value, mixed_key, key_weight, value_weight, cos, sin, number, first_block, layout
+    ):
+        output, logsumexp, slot_key, slot_value = mix_and_attend_op(
+            query, key, value, mixed_key, key_weight, value_weight, cos, sin, number, first_block, layout
+        )
+        ctx.save_for_backward(
+            query, key, value, slot_key, slot_value, first_block, output, logsumexp,
+            mixed_key, key_weight, value_weight, cos, sin, number,
+        )  # fmt: skip
+        ctx.layout = layout
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad):
+        saved = ctx.saved_tensors  # once: checkpointing computes them anew when they are asked for
+        mixed_key, key_weight, value_weight, _, _, number = saved[8:]
+        needs_weight = ctx.needs_input_grad[4] or ctx.needs_input_grad[5]
+        *states, grad_mixed_key, parts = mix_and_attend_backward_op(grad, *saved, ctx.layout, needs_weight)
+        grad_mixed_key = None if mixed_key is None else grad_mixed_key
+        grad_weights = _sum_parts(parts, key_weight, number).unbind() if needs_weight else (None, None)
+        return *states, grad_mixed_key, *grad_weights, None, None, None, None, None
+
+
+def _sum_parts(part_2BGCPR: Tensor, weight_XCPR: Tensor, number_BC: Tensor | None) -> Tensor:
+    """Gradients of the two mixing weights, [2, X, C, P, R], from those of every row of the batch, group and block."""
+    sets, stored, block, slots = weight_XCPR.shape
+    batch, blocks = part_2BGCPR.shape[1], part_2BGCPR.shape[3]
+    if stored == 1:
+        grad = part_2BGCPR.sum((1, 2, 3) if sets == 1 else (1, 3), dtype=torch.float32)
+    elif number_BC is None:
+        grad = part_2BGCPR.sum((1, 2) if sets == 1 else 1, dtype=torch.float32)
+        if stored > blocks:
+            grad = torch.nn.functional.pad(grad.unflatten(0, (2, -1)), (0, 0, 0, 0, 0, stored - blocks))
+    else:
+        part_2BGCPR = part_2BGCPR.sum(2, keepdim=True, dtype=torch.float32) if sets == 1 else part_2BGCPR.float()
+        # Accumulating by index sorts the indices first: the order of the sums, and so the result, is fixed.
+        number = number_BC[:, :blocks].expand(batch, -1).clamp(0, stored - 1).reshape(-1)
+        grad = part_2BGCPR.new_zeros(stored, 2, sets, block, slots)
+        grad = grad.index_put((number,), part_2BGCPR.permute(1, 3, 0, 2, 4, 5).flatten(0, 1), True).movedim(0, 2)
+    return grad.reshape(2, *weight_XCPR.shape).to(weight_XCPR.dtype)
+
+
+def _forward(query, key, value, slot_key, slot_value, first_block, layout):
+    layout = BlockLayout(*layout)
+    query, key, value, slot_key, slot_value = _unit_rows(query, key, value, slot_key, slot_value)
+    batch, heads, tokens, dim = query.shape
+    groups = key.shape[1]
+    first_block = None if first_block is None else first_block.expand(batch, -1).contiguous()
+    output = _like_tokens(query)
+    logsumexp = query.new_empty(batch, heads, tokens, dtype=torch.float32)
+    tile = _tile("forward", _padded(dim), query.element_size())
+    _launch(
+        kernels.forward_kernel, (-(-tokens // tile.queries), heads, batch), tile,
+        (query, key, value, slot_key, slot_value, output, logsumexp, first_block),
+        (
+            *map(_strides, (query, key, value, slot_key, slot_value, output)), _strides(first_block)[0],
+            tokens, slot_key.shape[2], layout.window_size, layout.visible_blocks, layout.past_tokens,
+            layout.past_blocks, dim**-0.5,
+            heads // groups, layout.block_size, max(layout.slots_per_block, 1), first_block is not None,
+            dim, _padded(dim), _precision(query.dtype), tile.queries, tile.keys,
+        ),
+    )  # fmt: skip
+    return output, logsumexp
+
+
+def _forward_shapes(query, key, value, slot_key, slot_value, first_block, layout):
+    return _like_tokens(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+def _query_and_slot_gradients(grad, query, key, value, slot_key, slot_value, first_block, output, logsumexp, layout):
+    """Gradient of the queries, delta, gradients of the slots [2, B, G, S, D], end_block."""
+    batch, heads, tokens, dim = query.shape
+    groups, slots = key.shape[1], slot_key.shape[2]
+    padded, precision = _padded(dim), _precision(query.dtype)
+    first_block = None if first_block is None else first_block.expand(batch, -1).contiguous()
+    grad_query, delta = _like_tokens(query), torch.empty_like(logsumexp)
+    tile = _tile("query", padded, query.element_size())
+    _launch(
+        kernels.query_gradient_kernel, (-(-tokens // tile.queries), heads, batch), tile,
+        (query, key, value, slot_key, slot_value, output, logsumexp, first_block, grad, grad_query, delta),
+        (
+            *map(_strides, (query, key, value, slot_key, slot_value, output, grad)), _strides(first_block)[0],
+            tokens, slots, layout.window_size, layout.visible_blocks, dim**-0.5,
+            heads // groups, layout.block_size, max(layout.slots_per_block, 1), first_block is not None,
+            dim, padded, precision, tile.queries, tile.keys,
+        ),
+    )  # fmt: skip
+    end_block = _end_block(first_block, -(-tokens // layout.block_size))
+    if not slots:
+        return grad_query, delta, query.new_empty(2, batch, groups, 0, dim), end_block
+    tile = _tile("slot", padded, query.element_size())
+    tiles = -(-slots // tile.keys)
+    parts = _fold_parts(tiles * batch * groups, tokens)
+    dtype = query.dtype if parts == 1 else torch.float32
+    grad_slots = query.new_empty(parts, 2, batch, groups, slots, dim, dtype=dtype)
+    _launch(
+        kernels.slot_gradient_kernel, (parts * tiles, groups, batch), tile,
+        (query, slot_key, slot_value, logsumexp, delta, end_block, grad, grad_slots),
+        (
+            *map(_strides, (query, slot_key, slot_value, grad)), _strides(grad_slots), _strides(end_block)[0],
+            parts, tokens, slots, layout.visible_blocks, dim**-0.5,
+            heads // groups, layout.block_size, layout.slots_per_block, end_block is not None,
+            dim, padded, precision, tile.queries, tile.keys,
+        ),
+    )  # fmt: skip
+    return grad_query, delta, grad_slots[0] if parts == 1 else grad_slots.sum(0), end_block
+
+
+def _token_gradients(
+    grad, query, key, value, logsumexp, delta, end_block, layout, grad_slots=None, mixed_key=None,
+    key_weight=None, value_weight=None, cos=None, sin=None, number=None, needs_weight=False,
+):  # fmt: skip
+    """Gradients of keys, values, mixed keys, and of the weights before they are summed: [2, B, G, C, P, R]."""
+    batch, heads, tokens, dim = query.shape
+    groups, b, r = key.shape[1], layout.block_size, max(layout.slots_per_block, 1)
+    slots = 0 if grad_slots is None else grad_slots.shape[3]
+    mixed = slots > 0
+    apart = mixed_key is not None
+    grad_key, grad_value = _like_tokens(key), _like_tokens(value)
+    grad_mixed_key = None
+    if apart:
+        grad_mixed_key = _like_tokens(key) if mixed else torch.zeros_like(grad_key)
+    grad_weights = _empty_parts(key, slots, layout) if needs_weight else None
+    stored = 1 if key_weight is None else key_weight.shape[1]
+    tile = _tile("token", _padded(dim), query.element_size())
+    _launch(
+        kernels.token_gradient_kernel, (-(-tokens // tile.keys), groups, batch), tile,
+        (
+            query, key, value, mixed_key, logsumexp, delta, end_block, grad, grad_slots,
+            key_weight, value_weight, number, cos, sin, grad_key, grad_value, grad_mixed_key, grad_weights,
+        ),
+        (
+            *map(_strides, (query, key, value, mixed_key, grad, grad_key)), (0, *_strides(grad_slots)),
+            _strides(key_weight), _strides(value_weight), _strides(number)[0], _strides(cos),
+            _strides(grad_weights), _strides(end_block)[0], stored, tokens, slots, layout.window_size, dim**-0.5,
+            heads // groups, b, r, mixed, apart and mixed, cos is not None, needs_weight,
+            stored > 1, number is not None, key_weight is not None and key_weight.shape[0] > 1, end_block is not None,
+            dim, _padded(dim), _precision(query.dtype), tile.queries, tile.keys, _slots_tile(tile.keys, b, r),
+        ),
+    )  # fmt: skip
+    return grad_key, grad_value, grad_mixed_key, grad_weights
+
+
+def _slots_tile(tokens: int, block: int, slots: int) -> int:
+    """Slots of the blocks that a tile of tokens may lie in, padded to a power of two."""
+    aligned = block % tokens == 0 or tokens % block == 0
+    blocks = max(1, tokens // block) + (0 if aligned else 1 if block > tokens else 2)
+    return max(16, _power_of_two(blocks * slots))
+
+
+def _backward(grad, query, key, value, slot_key, slot_value, first_block, output, logsumexp, layout):
+    layout = BlockLayout(*layout)
+    grad, *states = _unit_rows(grad, query, key, value, slot_key, slot_value)
+    grad_query, delta, grad_slots, end_block = _query_and_slot_gradients(
+        grad, *states, first_block, output, logsumexp, layout
+    )
+    query, key, value, _, _ = states
+    grad_key, grad_value, _, _ = _token_gradients(grad, query, key, value, logsumexp, delta, end_block, layout)
+    grad_slot_key, grad_slot_value = (part.to(query.dtype, copy=True) for part in grad_slots)
+    return grad_query, grad_key, grad_value, grad_slot_key, grad_slot_value
+
+
+def _backward_shapes(grad, query, key, value, slot_key, slot_value, first_block, output, logsumexp, layout):
+    slots = [torch.empty_like(states, memory_format=torch.contiguous_format) for states in (slot_key, slot_value)]
+    return *(_like_tokens(states) for states in (query, key, value)), *slots
+
+
+def _mix(key, value, key_weight, value_weight, cos, sin, number, layout):
+    layout = BlockLayout(*layout)
+    key, value = _unit_rows(key, value)
+    batch, groups, _, dim = key.shape
+    slot_key, slot_value = _mix_shapes(key, value, key_weight, value_weight, cos, sin, number, layout)
+    b, r, slots = layout.block_size, layout.slots_per_block, slot_key.shape[2]
+    if not slots:
+        return slot_key, slot_value
+    number = None if number is None else number.expand(batch, -1).contiguous()
+    cos, sin = _angle_rows(cos, batch), _angle_rows(sin, batch)
+    blocks = max(1, MIXED_TOKENS // b)  # of a program
+    tokens = min(MIXED_TOKENS if key.element_size() < 4 else 32, max(16, _power_of_two(blocks * b)))
+    _launch(
+        kernels.mix_kernel, (-(-slots // (blocks * r)), groups, batch), Tile(0, 0, 4, 2),
+        (key, value, key_weight, value_weight, number, cos, sin, slot_key, slot_value),
+        (
+            _strides(key), _strides(value), _strides(key_weight), _strides(value_weight), _strides(number)[0],
+            _strides(cos), key_weight.shape[1], slots,
+            b, r, key_weight.shape[1] > 1, number is not None, key_weight.shape[0] > 1,
+            cos is not None, blocks, dim, _padded(dim), _precision(key.dtype), tokens,
+            min(64, _slots_tile(blocks * b, b, r)),
+        ),
+    )  # fmt: skip
+    return slot_key, slot_value
+
+
+def _mix_shapes(key, value, key_weight, value_weight, cos, sin, number, layout):
+    batch, groups, tokens, dim = key.shape
+    stored, block_size, slots = key_weight.shape[1:]
+    blocks = tokens // block_size
+    if stored > 1 and number is None:
+        blocks = min(blocks, stored)  # columns past seq_length hold padding only
+    return tuple(key.new_empty(batch, groups, blocks * slots, dim) for _ in range(2))
+
+
+def _mix_and_attend(query, key, value, mixed_key, key_weight, value_weight, cos, sin, number, first_block, layout):
+    mixed_key = key if mixed_key is None else mixed_key
+    slots = _mix(mixed_key, value, key_weight, value_weight, cos, sin, number, layout)
+    return *_forward(query, key, value, *slots, first_block, layout), *slots
+
+
+def _mix_and_attend_shapes(
+    query, key, value, mixed_key, key_weight, value_weight, cos, sin, number, first_block, layout
+):
+    slots = _mix_shapes(key, value, key_weight, value_weight, cos, sin, number, layout)
+    return *_forward_shapes(query, key, value, *slots, first_block, layout), *slots
+
+
+def _angle_rows(angles: Tensor | None, batch: int) -> Tensor | None:
+    """[B or 1, 1, S, D] as [B, S, D], rows next to each other; a batch that shares them has stride 0."""
+    if angles is None:
+        return None
+    return angles[:, 0].contiguous().expand(batch, -1, -1)
+
+
+def _mixed_backward(
+    grad, query, key, value, slot_key, slot_value, first_block, output, logsumexp,
+    mixed_key, key_weight, value_weight, cos, sin, number, layout, needs_weight,
+):  # fmt: skip
+    layout, batch = BlockLayout(*layout), query.shape[0]
+    grad, *states = _unit_rows(grad, query, key, value, slot_key, slot_value)
+    grad_query, delta, grad_slots, end_block = _query_and_slot_gradients(
+        grad, *states, first_block, output, logsumexp, layout
+    )
+    query, key, value, _, _ = states
+    if mixed_key is not None:
+        (mixed_key,) = _unit_rows(mixed_key)
+    number = None if number is None else number.expand(batch, -1).contiguous()
+    grad_key, grad_value, grad_mixed_key, grad_weights = _token_gradients(
+        grad, query, key, value, logsumexp, delta, end_block, layout, grad_slots, mixed_key,
+        key_weight, value_weight, _angle_rows(cos, batch), _angle_rows(sin, batch), number, needs_weight,
+    )  # fmt: skip
+    nothing = query.new_empty(0)
+    return (
+        grad_query,
+        grad_key,
+        grad_value,
+        nothing if grad_mixed_key is None else grad_mixed_key,
+        query.new_empty(0) if grad_weights is None else grad_weights,
+    )
+
+
+def _mixed_backward_shapes(
+    grad, query, key, value, slot_key, slot_value, first_block, output, logsumexp,
+    mixed_key, key_weight, value_weight, cos, sin, number, layout, needs_weight,
+):  # fmt: skip
+    layout = BlockLayout(*layout)
+    return (
+        *(_like_tokens(states) for states in (query, key, value)),
+        query.new_empty(0) if mixed_key is None else _like_tokens(key),
+        _empty_parts(key, slot_key.shape[2], layout) if needs_weight else query.new_empty(0),
+    )
+
+
+def _operators(**operators: tuple[str, Any, Any]) -> list[Any]:
+    """Operators that torch.compile takes as they are, from schema, function and shapes of the outputs.
+
+    ``torch.library.custom_op`` would do the same and cost a tenth of a millisecond a call. A copy of this file in a
+    saved folder, or the same file loaded again, has a namespace of its own.
+    """
+    namespace = __name__.replace(".", "_")
+    while any(hasattr(getattr(torch.ops, namespace), name) for name in operators):
+        namespace += "_"
+    for name, (schema, run, shapes) in operators.items():
+        torch.library.define(f"{namespace}::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
+        torch.library.impl(f"{namespace}::{name}", "default", run)
+        torch.library.register_fake(f"{namespace}::{name}", shapes)
+    return [getattr(getattr(torch.ops, namespace), name).default for name in operators]
+
+
+_SEEN = "Tensor query, Tensor key, Tensor value, Tensor slot_key, Tensor slot_value, Tensor? first_block"
+_WEIGHTS = "Tensor key_weight, Tensor value_weight, Tensor? cos, Tensor? sin, Tensor? number"
+attend_op, attend_backward_op, mix_and_attend_op, mix_and_attend_backward_op = _operators(
+    attend=(f"({_SEEN}, int[] layout) -> (Tensor, Tensor)", _forward, _forward_shapes),
+    attend_backward=(
+        f"(Tensor grad, {_SEEN}, Tensor output, Tensor logsumexp, int[] layout)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _backward,
+        _backward_shapes,
+    ),
+    mix_and_attend=(
+        f"(Tensor query, Tensor key, Tensor value, Tensor? mixed_key, {_WEIGHTS}, Tensor? first_block, int[] layout)"
+        " -> (Tensor, Tensor, Tensor, Tensor)",
+        _mix_and_attend,
+        _mix_and_attend_shapes,
+    ),
+    mix_and_attend_backward=(
+        f"(Tensor grad, {_SEEN}, Tensor output, Tensor logsumexp, Tensor? mixed_key, {_WEIGHTS}, int[] layout,"
+        " bool needs_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _mixed_backward,
+        _mixed_backward_shapes,
+    ),
+)

@@ -1,0 +1,478 @@
+"""The Triton kernels of causal Linformer attention; ``kernels_linformer`` tells what they compute together.
+
+N tokens and S slots of a row. Constants: SHARED query heads a group, BLOCK tokens and SLOTS slots a block, DIM
+features, PADDED to a power of two, QUERIES and KEYS rows of a tile. Strides are (batch, head, row); rows are
+contiguous. A grid is (tiles, heads or groups, batch). Scores are kept in units of log 2: exp2 is an instruction.
+"""
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # macOS, Windows, a CPU build of PyTorch
+    triton = None
+
+# Parameters of kernels stand in groups: tensors, strides, sizes, constants.
+# fmt: off
+if triton is not None:
+    LOG2_E = tl.constexpr(1.4426950408889634)
+    # A kernel is not compiled anew where one of these is 1 or a multiple of 16.
+    kernel = triton.jit(do_not_specialize=["S", "stored", "parts", "window", "view", "past_tokens", "past_blocks"])
+
+    @triton.jit
+    def _load_rows(
+        base, start, stop, stride, ROWS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, TURN: tl.constexpr = 0
+    ):
+        """Rows start ... start + ROWS - 1 of a matrix [stop, DIM]; zeros outside of it. TURN rotates the columns."""
+        row, column = tl.arange(0, ROWS), tl.arange(0, PADDED)
+        inside = (start + row < stop)[:, None]
+        if PADDED != DIM:
+            inside = inside & (column < DIM)[None, :]
+        if TURN:
+            column = (column + TURN) % DIM
+        corner = base + tl.cast(start, tl.int64) * stride
+        return tl.load(corner + row[:, None] * stride + column[None, :], mask=inside, other=0.0)
+
+    @triton.jit
+    def _store_rows(base, start, stop, stride, values, ROWS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr):
+        row, column = tl.arange(0, ROWS), tl.arange(0, PADDED)
+        inside = (start + row < stop)[:, None]
+        if PADDED != DIM:
+            inside = inside & (column < DIM)[None, :]
+        corner = base + tl.cast(start, tl.int64) * stride
+        tl.store(corner + row[:, None] * stride + column[None, :], values.to(base.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _turn(states, turned, start, stop, cos, sin, stride, BACK: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
+              PADDED: tl.constexpr):
+        """`rotate` of attention_linformer, or, BACK, its transpose; `turned` is `states` with its halves swapped."""
+        left = (tl.arange(0, PADDED) < DIM // 2)[None, :]
+        cosine = _load_rows(cos, start, stop, stride, ROWS, DIM, PADDED).to(tl.float32)
+        if BACK:
+            sine = _load_rows(sin, start, stop, stride, ROWS, DIM, PADDED, DIM // 2).to(tl.float32)
+            return states * cosine + tl.where(left, turned * sine, -turned * sine)
+        else:
+            sine = _load_rows(sin, start, stop, stride, ROWS, DIM, PADDED).to(tl.float32)
+            return states * cosine + tl.where(left, -turned * sine, turned * sine)
+
+    @triton.jit
+    def _seen(
+        column, first_block, S, window, view, past_tokens, past_blocks,
+        BLOCK: tl.constexpr, SLOTS: tl.constexpr, HAS_FIRST: tl.constexpr,
+    ):
+        """The slot rows and the token rows that the queries in these columns see, as [start, stop) each.
+
+        All four never fall as the column grows, so the first and the last column of a tile bound it.
+        """
+        complete = past_blocks + (column + 1) // BLOCK
+        slot_stop = tl.minimum(complete * SLOTS, S)
+        slot_start = tl.maximum(complete - view, 0) * SLOTS
+        token_stop = past_tokens + column + 1
+        token_start = tl.maximum(token_stop - window, 0)
+        if HAS_FIRST:
+            first = tl.load(first_block + column // BLOCK).to(tl.int32)
+            slot_start = tl.maximum(slot_start, (past_blocks + first) * SLOTS)
+            token_start = tl.maximum(token_start, past_tokens + first * BLOCK)
+        # Behind the last block that has slots the view may lie past them all.
+        return tl.minimum(slot_start, slot_stop), slot_stop, token_start, token_stop
+
+    @triton.jit
+    def _load_either(
+        of_slots, slot_base, base, slot_stride, stride, start, stop,
+        ROWS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,
+    ):
+        """Rows of the slots or of the tokens."""
+        chosen = tl.where(of_slots, slot_base, base)
+        return _load_rows(chosen, start, stop, tl.where(of_slots, slot_stride, stride), ROWS, DIM, PADDED)
+
+    @triton.jit
+    def _visible(of_slots, at, slot_start, slot_stop, token_start, token_stop, KEYS: tl.constexpr):
+        """Which of the KEYS rows from ``at`` on each query sees: start <= row < stop as one unsigned comparison."""
+        ahead = (at + tl.arange(0, KEYS))[None, :] - tl.where(of_slots, slot_start, token_start)[:, None]
+        many = tl.where(of_slots, slot_stop - slot_start, token_stop - token_start)[:, None]
+        return ahead.to(tl.uint32) < many.to(tl.uint32)
+
+    @kernel
+    def forward_kernel(
+        query, key, value, slot_key, slot_value, output, logsumexp, first_block,
+        query_strides, key_strides, value_strides, slot_key_strides, slot_value_strides, output_strides, first_stride,
+        N, S, window, view, past_tokens, past_blocks, scale,
+        SHARED: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, HAS_FIRST: tl.constexpr,
+        DIM: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    ):
+        """Output and log2 of the softmax's denominator, for a tile of queries of one head."""
+        start = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES  # late queries see most slots: longest first
+        # The kernels of a call go through the batch in turns up and down: the last rows of one are still in the cache.
+        head = tl.num_programs(1) - 1 - tl.program_id(1)
+        group = head // SHARED
+        batch = tl.cast(tl.num_programs(2) - 1 - tl.program_id(2), tl.int64)
+        if HAS_FIRST:
+            first_block += batch * first_stride
+        key += batch * key_strides[0] + group * key_strides[1]
+        value += batch * value_strides[0] + group * value_strides[1]
+        slot_key += batch * slot_key_strides[0] + group * slot_key_strides[1]
+        slot_value += batch * slot_value_strides[0] + group * slot_value_strides[1]
+        column = start + tl.arange(0, QUERIES)
+        slot_start, slot_stop, token_start, token_stop = _seen(
+            tl.minimum(column, N - 1), first_block, S, window, view, past_tokens, past_blocks,
+            BLOCK, SLOTS, HAS_FIRST)
+        slots_from, slots_full_until, tokens_from, tokens_full_until = _seen(
+            start, first_block, S, window, view, past_tokens, past_blocks, BLOCK, SLOTS, HAS_FIRST)
+        slots_full_from, slots_until, tokens_full_from, tokens_until = _seen(
+            tl.minimum(start + QUERIES, N) - 1, first_block, S, window, view, past_tokens, past_blocks,
+            BLOCK, SLOTS, HAS_FIRST)
+        slot_tiles = tl.cdiv(tl.maximum(slots_until - slots_from, 0), KEYS)
+        token_tiles = tl.cdiv(tokens_until - tokens_from, KEYS)
+
+        query += batch * query_strides[0] + head * query_strides[1]
+        queries = _load_rows(query, start, N, query_strides[2], QUERIES, DIM, PADDED)
+        highest = tl.full([QUERIES], float("-inf"), tl.float32)
+        total = tl.zeros([QUERIES], tl.float32)
+        summed = tl.zeros([QUERIES, PADDED], tl.float32)
+        for tile in range(slot_tiles + token_tiles):
+            of_slots = tile < slot_tiles
+            at = tl.where(of_slots, slots_from + tile * KEYS, tokens_from + (tile - slot_tiles) * KEYS)
+            until = tl.where(of_slots, slots_until, tokens_until)
+            keys = _load_either(
+                of_slots, slot_key, key, slot_key_strides[2], key_strides[2], at, until, KEYS, DIM, PADDED)
+            values = _load_either(
+                of_slots, slot_value, value, slot_value_strides[2], value_strides[2], at, until,
+                KEYS, DIM, PADDED)
+            scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+            partly = at < tl.where(of_slots, slots_full_from, tokens_full_from)
+            if partly | (at + KEYS > tl.where(of_slots, slots_full_until, tokens_full_until)):
+                visible = _visible(of_slots, at, slot_start, slot_stop, token_start, token_stop, KEYS)
+                scores = tl.where(visible, scores, float("-inf"))
+            higher = tl.maximum(highest, tl.max(scores, 1) * (scale * LOG2_E))
+            reference = tl.where(higher == float("-inf"), 0.0, higher)  # a query may see nothing of a tile
+            probabilities = tl.exp2(scores * (scale * LOG2_E) - reference[:, None])
+            shrink = tl.exp2(highest - reference)
+            total = total * shrink + tl.sum(probabilities, 1)
+            summed = tl.dot(
+                probabilities.to(values.dtype), values, summed * shrink[:, None], input_precision=PRECISION)
+            highest = higher
+
+        output += batch * output_strides[0] + head * output_strides[1]
+        _store_rows(output, start, N, output_strides[2], summed * (1 / total)[:, None], QUERIES, DIM, PADDED)
+        logsumexp += (batch * tl.num_programs(1) + head) * N
+        tl.store(logsumexp + column, highest + tl.log2(total), mask=column < N)
+
+    @kernel
+    def query_gradient_kernel(
+        query, key, value, slot_key, slot_value, output, logsumexp, first_block, grad, grad_query, delta,
+        query_strides, key_strides, value_strides, slot_key_strides, slot_value_strides, output_strides, grad_strides,
+        first_stride, N, S, window, view, scale,
+        SHARED: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, HAS_FIRST: tl.constexpr,
+        DIM: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    ):
+        """Gradient of a tile of queries of one head, and delta: the sums of output * gradient over the features."""
+        start = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
+        head = tl.program_id(1)
+        group = head // SHARED
+        batch = tl.cast(tl.program_id(2), tl.int64)
+        if HAS_FIRST:
+            first_block += batch * first_stride
+        key += batch * key_strides[0] + group * key_strides[1]
+        value += batch * value_strides[0] + group * value_strides[1]
+        slot_key += batch * slot_key_strides[0] + group * slot_key_strides[1]
+        slot_value += batch * slot_value_strides[0] + group * slot_value_strides[1]
+        column = start + tl.arange(0, QUERIES)
+        slot_start, slot_stop, token_start, token_stop = _seen(
+            tl.minimum(column, N - 1), first_block, S, window, view, 0, 0, BLOCK, SLOTS, HAS_FIRST)
+        slots_from, _, tokens_from, _ = _seen(
+            start, first_block, S, window, view, 0, 0, BLOCK, SLOTS, HAS_FIRST)
+        _, slots_until, _, tokens_until = _seen(
+            tl.minimum(start + QUERIES, N) - 1, first_block, S, window, view, 0, 0, BLOCK, SLOTS, HAS_FIRST)
+        slot_tiles = tl.cdiv(tl.maximum(slots_until - slots_from, 0), KEYS)
+        token_tiles = tl.cdiv(tokens_until - tokens_from, KEYS)
+
+        query += batch * query_strides[0] + head * query_strides[1]
+        output += batch * output_strides[0] + head * output_strides[1]
+        grad += batch * grad_strides[0] + head * grad_strides[1]
+        grad_query += batch * output_strides[0] + head * output_strides[1]
+        at_row = (batch * tl.num_programs(1) + head) * N + column
+        queries = _load_rows(query, start, N, query_strides[2], QUERIES, DIM, PADDED)
+        gradients = _load_rows(grad, start, N, grad_strides[2], QUERIES, DIM, PADDED)
+        outputs = _load_rows(output, start, N, output_strides[2], QUERIES, DIM, PADDED)
+        row_sums = tl.sum(outputs.to(tl.float32) * gradients.to(tl.float32), 1)
+        tl.store(delta + at_row, row_sums, mask=column < N)
+        log_total = tl.load(logsumexp + at_row, mask=column < N, other=0.0)
+        summed = tl.zeros([QUERIES, PADDED], tl.float32)
+        for tile in range(slot_tiles + token_tiles):
+            of_slots = tile < slot_tiles
+            at = tl.where(of_slots, slots_from + tile * KEYS, tokens_from + (tile - slot_tiles) * KEYS)
+            until = tl.where(of_slots, slots_until, tokens_until)
+            keys = _load_either(
+                of_slots, slot_key, key, slot_key_strides[2], key_strides[2], at, until, KEYS, DIM, PADDED)
+            values = _load_either(
+                of_slots, slot_value, value, slot_value_strides[2], value_strides[2], at, until,
+                KEYS, DIM, PADDED)
+            scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+            grad_probabilities = tl.dot(gradients, tl.trans(values), input_precision=PRECISION)
+            probabilities = tl.exp2(scores * (scale * LOG2_E) - log_total[:, None])
+            visible = _visible(of_slots, at, slot_start, slot_stop, token_start, token_stop, KEYS)
+            probabilities = tl.where(visible, probabilities, 0.0)
+            grad_scores = probabilities * (grad_probabilities - row_sums[:, None])
+            summed = tl.dot(grad_scores.to(keys.dtype), keys, summed, input_precision=PRECISION)
+        _store_rows(grad_query, start, N, output_strides[2], summed * scale, QUERIES, DIM, PADDED)
+
+    @triton.jit
+    def _sum_over_queries(
+        grad_key, grad_value, keys, values, seen_from, seen_until, at_first, at_stop,
+        query, grad, logsumexp, delta, query_stride, grad_stride, N, scale,
+        DIM: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr, QUERIES: tl.constexpr,
+    ):
+        """Adds what the queries in columns [at_first, at_stop) of a head give to the gradients of keys and values.
+
+        Key i is seen by the columns [seen_from[i], seen_until[i]); ``at_first`` is a multiple of QUERIES.
+        """
+        for at in range(at_first, at_stop, QUERIES):
+            queries = _load_rows(query, at, N, query_stride, QUERIES, DIM, PADDED)
+            gradients = _load_rows(grad, at, N, grad_stride, QUERIES, DIM, PADDED)
+            column = at + tl.arange(0, QUERIES)
+            log_total = tl.load(logsumexp + column, mask=column < N, other=0.0)
+            row_sums = tl.load(delta + column, mask=column < N, other=0.0)
+            scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)
+            grad_probabilities = tl.dot(values, tl.trans(gradients), input_precision=PRECISION)
+            probabilities = tl.exp2(scores * (scale * LOG2_E) - log_total[None, :])
+            ahead = (column[None, :] - seen_from[:, None]).to(tl.uint32)
+            visible = ahead < tl.maximum(seen_until - seen_from, 0).to(tl.uint32)[:, None]
+            probabilities = tl.where(visible, probabilities, 0.0)
+            grad_value = tl.dot(probabilities.to(gradients.dtype), gradients, grad_value, input_precision=PRECISION)
+            grad_scores = probabilities * (grad_probabilities - row_sums[None, :])
+            grad_key = tl.dot(grad_scores.to(queries.dtype), queries, grad_key, input_precision=PRECISION)
+        return grad_key, grad_value
+
+    @triton.jit
+    def _slot_seen_by(
+        row, end_block, N, S, view, BLOCK: tl.constexpr, SLOTS: tl.constexpr, HAS_FIRST: tl.constexpr
+    ):
+        """Columns [start, stop) of the queries that see slot rows; both never fall as the row grows."""
+        number = tl.minimum(row, S - 1) // SLOTS
+        start = (number + 1) * BLOCK - 1
+        stop = tl.minimum((number + view + 1) * BLOCK - 1, N)
+        if HAS_FIRST:
+            stop = tl.minimum(stop, tl.load(end_block + number).to(tl.int32) * BLOCK)
+        return start, stop
+
+    @triton.jit
+    def _token_seen_by(row, end_block, N, window, BLOCK: tl.constexpr, HAS_FIRST: tl.constexpr):
+        """Columns [start, stop) of the queries that see token rows; both never fall as the row grows."""
+        start = tl.minimum(row, N - 1)
+        stop = tl.minimum(start + window, N)
+        if HAS_FIRST:
+            stop = tl.minimum(stop, tl.load(end_block + start // BLOCK).to(tl.int32) * BLOCK)
+        return start, stop
+
+    @kernel
+    def slot_gradient_kernel(
+        query, slot_key, slot_value, logsumexp, delta, end_block, grad, grad_slots,
+        query_strides, slot_key_strides, slot_value_strides, grad_strides, grad_slot_strides, end_stride,
+        parts, N, S, view, scale,
+        SHARED: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, HAS_FIRST: tl.constexpr,
+        DIM: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    ):
+        """Gradients of a tile of slots by one part of the queries that see it; of all parts the sum is the gradient."""
+        part = tl.program_id(0) % parts
+        start = tl.program_id(0) // parts * KEYS
+        group = tl.num_programs(1) - 1 - tl.program_id(1)
+        batch = tl.cast(tl.num_programs(2) - 1 - tl.program_id(2), tl.int64)
+        if HAS_FIRST:
+            end_block += batch * end_stride
+        last = tl.minimum(start + KEYS, S) - 1
+        seen_from, seen_until = _slot_seen_by(
+            start + tl.arange(0, KEYS), end_block, N, S, view, BLOCK, SLOTS, HAS_FIRST)
+        at_first, _ = _slot_seen_by(start, end_block, N, S, view, BLOCK, SLOTS, HAS_FIRST)
+        _, at_stop = _slot_seen_by(last, end_block, N, S, view, BLOCK, SLOTS, HAS_FIRST)
+        at_first = at_first // QUERIES * QUERIES
+        length = tl.cdiv(tl.cdiv(tl.maximum(at_stop - at_first, 0), QUERIES), parts) * QUERIES
+        at_first += part * length
+        at_stop = tl.minimum(at_first + length, at_stop)
+
+        slot_key += batch * slot_key_strides[0] + group * slot_key_strides[1]
+        slot_value += batch * slot_value_strides[0] + group * slot_value_strides[1]
+        keys = _load_rows(slot_key, start, S, slot_key_strides[2], KEYS, DIM, PADDED)
+        values = _load_rows(slot_value, start, S, slot_value_strides[2], KEYS, DIM, PADDED)
+        grad_key = tl.zeros([KEYS, PADDED], tl.float32)
+        grad_value = tl.zeros([KEYS, PADDED], tl.float32)
+        for head in range(group * SHARED, group * SHARED + SHARED):
+            row = (batch * (tl.num_programs(1) * SHARED) + head) * N
+            grad_key, grad_value = _sum_over_queries(
+                grad_key, grad_value, keys, values, seen_from, seen_until, at_first, at_stop,
+                query + batch * query_strides[0] + head * query_strides[1],
+                grad + batch * grad_strides[0] + head * grad_strides[1],
+                logsumexp + row, delta + row, query_strides[2], grad_strides[2], N, scale,
+                DIM, PADDED, PRECISION, QUERIES)
+        grad_slots += part * grad_slot_strides[0] + batch * grad_slot_strides[2] + group * grad_slot_strides[3]
+        _store_rows(
+            grad_slots, start, S, DIM, grad_key * scale, KEYS, DIM, PADDED)
+        _store_rows(grad_slots + grad_slot_strides[1], start, S, DIM, grad_value, KEYS, DIM, PADDED)
+
+    @triton.jit
+    def _load_weight(
+        weight, strides, number, stored, token, slot, token_stop, slot_stop,
+        BLOCK: tl.constexpr, SLOTS: tl.constexpr, SEVERAL: tl.constexpr, NUMBERED: tl.constexpr,
+    ):
+        """E as a matrix, [tokens, slots]: zero where token and slot are not of one block.
+
+        SEVERAL: each of the ``stored`` blocks has weights of its own; NUMBERED: ``number`` says which one a block is.
+        """
+        of_token, of_slot = token // BLOCK, slot // SLOTS
+        same = (of_token[:, None] == of_slot[None, :]) & (token < token_stop)[:, None] & (slot < slot_stop)[None, :]
+        offset = (token - of_token * BLOCK)[:, None] * strides[2] + (slot - of_slot * SLOTS)[None, :] * strides[3]
+        if SEVERAL:
+            if NUMBERED:
+                of_slot = tl.load(number + of_slot, mask=slot < slot_stop, other=0).to(tl.int32)
+                of_slot = tl.minimum(tl.maximum(of_slot, 0), stored - 1)
+            offset += of_slot[None, :] * strides[1]
+        return tl.load(weight + offset, mask=same, other=0.0), same
+
+    @kernel
+    def mix_kernel(
+        key, value, key_weight, value_weight, number, cos, sin, slot_key, slot_value,
+        key_strides, value_strides, key_weight_strides, value_weight_strides, number_stride, angle_strides,
+        stored, S,
+        BLOCK: tl.constexpr, SLOTS: tl.constexpr, SEVERAL: tl.constexpr, NUMBERED: tl.constexpr,
+        PER_GROUP: tl.constexpr, TURNED: tl.constexpr,
+        BLOCKS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
+        TOKENS: tl.constexpr, SLOT_TILE: tl.constexpr,
+    ):
+        """Slots of BLOCKS blocks, of keys (turned to their positions) and of values."""
+        start = tl.program_id(0) * (BLOCKS * SLOTS)
+        stop = tl.minimum(start + BLOCKS * SLOTS, S)
+        group = tl.program_id(1)
+        batch = tl.cast(tl.program_id(2), tl.int64)
+        if NUMBERED:
+            number += batch * number_stride
+        key += batch * key_strides[0] + group * key_strides[1]
+        value += batch * value_strides[0] + group * value_strides[1]
+        if PER_GROUP:
+            key_weight += group * key_weight_strides[0]
+            value_weight += group * value_weight_strides[0]
+        out = (batch * tl.num_programs(1) + group) * S * DIM
+        for at in range(start, stop, SLOT_TILE):
+            slot = at + tl.arange(0, SLOT_TILE)
+            mixed_key = tl.zeros([PADDED, SLOT_TILE], tl.float32)
+            swapped_key = tl.zeros([PADDED, SLOT_TILE], tl.float32)
+            mixed_value = tl.zeros([PADDED, SLOT_TILE], tl.float32)
+            token_stop = (tl.minimum(at + SLOT_TILE, stop) - 1) // SLOTS * BLOCK + BLOCK
+            for first in range(at // SLOTS * BLOCK, token_stop, TOKENS):
+                token = first + tl.arange(0, TOKENS)
+                keys = _load_rows(key, first, token_stop, key_strides[2], TOKENS, DIM, PADDED)
+                weight, _ = _load_weight(
+                    key_weight, key_weight_strides, number, stored, token, slot, token_stop, stop,
+                    BLOCK, SLOTS, SEVERAL, NUMBERED)
+                weight = weight.to(keys.dtype)
+                mixed_key = tl.dot(tl.trans(keys), weight, mixed_key, input_precision=PRECISION)
+                if TURNED:
+                    keys = _load_rows(key, first, token_stop, key_strides[2], TOKENS, DIM, PADDED, DIM // 2)
+                    swapped_key = tl.dot(tl.trans(keys), weight, swapped_key, input_precision=PRECISION)
+                values = _load_rows(value, first, token_stop, value_strides[2], TOKENS, DIM, PADDED)
+                weight, _ = _load_weight(
+                    value_weight, value_weight_strides, number, stored, token, slot, token_stop, stop,
+                    BLOCK, SLOTS, SEVERAL, NUMBERED)
+                mixed_value = tl.dot(
+                    tl.trans(values), weight.to(values.dtype), mixed_value, input_precision=PRECISION)
+            mixed_key, mixed_value = tl.trans(mixed_key), tl.trans(mixed_value)
+            if TURNED:
+                angles = batch * angle_strides[0]
+                mixed_key = _turn(
+                    mixed_key, tl.trans(swapped_key), at, stop, cos + angles, sin + angles, angle_strides[1], False,
+                    SLOT_TILE, DIM, PADDED)
+            _store_rows(slot_key + out, at, stop, DIM, mixed_key, SLOT_TILE, DIM, PADDED)
+            _store_rows(slot_value + out, at, stop, DIM, mixed_value, SLOT_TILE, DIM, PADDED)
+
+    @kernel
+    def token_gradient_kernel(
+        query, key, value, mixed_key, logsumexp, delta, end_block, grad, grad_slots,
+        key_weight, value_weight, number, cos, sin,
+        grad_key, grad_value, grad_mixed_key, grad_weights,
+        query_strides, key_strides, value_strides, mixed_key_strides, grad_strides, out_strides, grad_slot_strides,
+        key_weight_strides, value_weight_strides, number_stride, angle_strides, grad_weight_strides, end_stride,
+        stored, N, S, window, scale,
+        SHARED: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr,
+        MIXED: tl.constexpr, APART: tl.constexpr, TURNED: tl.constexpr, NEEDS_WEIGHT: tl.constexpr,
+        SEVERAL: tl.constexpr, NUMBERED: tl.constexpr, PER_GROUP: tl.constexpr, HAS_FIRST: tl.constexpr,
+        DIM: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
+        QUERIES: tl.constexpr, KEYS: tl.constexpr, SLOT_TILE: tl.constexpr,
+    ):
+        """Gradients of a tile of tokens of one group: MIXED, from their slots, and from the queries of their window.
+
+        APART: the window sees other keys (rotated) than the mixing; these have a gradient of their own.
+        """
+        start = tl.program_id(0) * KEYS
+        group = tl.program_id(1)
+        batch = tl.cast(tl.program_id(2), tl.int64)
+        token = start + tl.arange(0, KEYS)
+        out = batch * out_strides[0] + group * out_strides[1]
+        key_sum = tl.zeros([KEYS, PADDED], tl.float32)
+        value_sum = tl.zeros([KEYS, PADDED], tl.float32)
+        keys = _load_rows(
+            key + batch * key_strides[0] + group * key_strides[1], start, N, key_strides[2], KEYS, DIM, PADDED)
+        values = _load_rows(
+            value + batch * value_strides[0] + group * value_strides[1], start, N, value_strides[2],
+            KEYS, DIM, PADDED)
+        if MIXED:
+            token_stop = S // SLOTS * BLOCK
+            slot_start = start // BLOCK * SLOTS
+            slot_stop = tl.minimum((start + KEYS - 1) // BLOCK * SLOTS + SLOTS, S)
+            slot = slot_start + tl.arange(0, SLOT_TILE)
+            if NUMBERED:
+                number += batch * number_stride
+            if PER_GROUP:
+                key_weight += group * key_weight_strides[0]
+                value_weight += group * value_weight_strides[0]
+            grad_slots += batch * grad_slot_strides[2] + group * grad_slot_strides[3]
+            key_slots = _load_rows(grad_slots, slot_start, slot_stop, DIM, SLOT_TILE, DIM, PADDED)
+            if TURNED:
+                swapped = _load_rows(grad_slots, slot_start, slot_stop, DIM, SLOT_TILE, DIM, PADDED, DIM // 2)
+                key_slots = _turn(
+                    key_slots.to(tl.float32), swapped.to(tl.float32), slot_start, slot_stop,
+                    cos + batch * angle_strides[0], sin + batch * angle_strides[0], angle_strides[1], True,
+                    SLOT_TILE, DIM, PADDED)
+            key_slots = key_slots.to(keys.dtype)
+            value_slots = _load_rows(
+                grad_slots + grad_slot_strides[1], slot_start, slot_stop, DIM, SLOT_TILE, DIM, PADDED)
+            value_slots = value_slots.to(keys.dtype)
+            key_mixing, same = _load_weight(
+                key_weight, key_weight_strides, number, stored, token, slot, token_stop, slot_stop,
+                BLOCK, SLOTS, SEVERAL, NUMBERED)
+            value_mixing, same = _load_weight(
+                value_weight, value_weight_strides, number, stored, token, slot, token_stop, slot_stop,
+                BLOCK, SLOTS, SEVERAL, NUMBERED)
+            key_sum = tl.dot(key_mixing.to(keys.dtype), key_slots, key_sum, input_precision=PRECISION)
+            value_sum = tl.dot(value_mixing.to(keys.dtype), value_slots, value_sum, input_precision=PRECISION)
+            mixed_keys = keys
+            if APART:
+                _store_rows(grad_mixed_key + out, start, N, out_strides[2], key_sum, KEYS, DIM, PADDED)
+                key_sum = tl.zeros([KEYS, PADDED], tl.float32)
+                mixed_keys = _load_rows(
+                    mixed_key + batch * mixed_key_strides[0] + group * mixed_key_strides[1], start, N,
+                    mixed_key_strides[2], KEYS, DIM, PADDED)
+            else:
+                key_sum *= 1 / scale
+            if NEEDS_WEIGHT:
+                grad_weights += batch * grad_weight_strides[1] + group * grad_weight_strides[2]
+                offset = token[:, None] * SLOTS + (slot % SLOTS)[None, :]
+                products = tl.dot(mixed_keys, tl.trans(key_slots), input_precision=PRECISION)
+                tl.store(grad_weights + offset, products.to(grad_weights.dtype.element_ty), mask=same)
+                products = tl.dot(values, tl.trans(value_slots), input_precision=PRECISION)
+                grad_weights += grad_weight_strides[0]
+                tl.store(grad_weights + offset, products.to(grad_weights.dtype.element_ty), mask=same)
+
+        if HAS_FIRST:
+            end_block += batch * end_stride
+        last = tl.minimum(start + KEYS, N) - 1
+        seen_from, seen_until = _token_seen_by(token, end_block, N, window, BLOCK, HAS_FIRST)
+        at_first, first_until = _token_seen_by(start, end_block, N, window, BLOCK, HAS_FIRST)
+        last_from, at_stop = _token_seen_by(last, end_block, N, window, BLOCK, HAS_FIRST)
+        at_first = at_first // QUERIES * QUERIES
+        for head in range(group * SHARED, group * SHARED + SHARED):
+            row = (batch * (tl.num_programs(1) * SHARED) + head) * N
+            key_sum, value_sum = _sum_over_queries(
+                key_sum, value_sum, keys, values, seen_from, seen_until, at_first, at_stop,
+                query + batch * query_strides[0] + head * query_strides[1],
+                grad + batch * grad_strides[0] + head * grad_strides[1],
+                logsumexp + row, delta + row, query_strides[2], grad_strides[2], N, scale,
+                DIM, PADDED, PRECISION, QUERIES)
+        _store_rows(grad_key + out, start, N, out_strides[2], key_sum * scale, KEYS, DIM, PADDED)
+        _store_rows(grad_value + out, start, N, out_strides[2], value_sum, KEYS, DIM, PADDED)

@@ -1,0 +1,133 @@
+"""The harness of benchmarks.attention_gpu, with tiny shapes on a CPU: it refuses wrong results and counts floors."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import attention_gpu, attention_gpu_report
+from benchmarks import attention_gpu_cases as cases
+from benchmarks import attention_gpu_gate as gate
+from benchmarks.attention_gpu_measure import Repeats
+from linpass import attention_linformer, kernels_linformer
+from linpass.attention_linformer import visible_slots, visible_tokens
+
+CPU = torch.device("cpu")
+SHAPE = cases.Shape(heads=2, dim=16, tokens=96, slots=12, block=16, window=32)
+TINY = attention_gpu.Plan(
+    shapes=(SHAPE, cases.Shape(8, 64, 512, 128, 32)),
+    variants=(cases.CORE, (cases.OURS_IN_PYTORCH,)),
+    checks=(gate.Case("tiny", 70, dim=16, heads=4, groups=2, block=16, slots=2, window=24, packed=True),),
+    batch_tokens=512,
+    matmul=64,
+    copied=2**16,
+    repeats=Repeats(3, 0.0),
+)
+
+
+@pytest.fixture(autouse=True)
+def _without_the_interpreter(monkeypatch):
+    """The harness is tested here, not the kernels: under Triton's interpreter these would take minutes."""
+    monkeypatch.setattr(kernels_linformer, "mix_and_attend", attention_linformer.mix_and_attend)
+
+
+def unavailable(_shape, _inputs):
+    import a_package_that_nobody_has
+
+    return a_package_that_nobody_has.attention
+
+
+def test_every_row_is_written_and_stands_in_the_tables(tmp_path):
+    missing = cases.Variant("not installed", unavailable)
+    plan = TINY._replace(variants=(cases.CORE, (cases.OURS_IN_PYTORCH, missing)))
+    result = attention_gpu.run(tmp_path / "attention.json", plan, CPU, seconds=60)
+    assert json.loads((tmp_path / "attention.json").read_text())["timing"] == json.loads(json.dumps(result["timing"]))
+
+    names = ["linpass", "cuDNN causal", "flash causal"]
+    timed = [(row["n"], row["variant"]) for row in result["timing"] if "both_ms" in row]
+    assert timed == [*((n, name) for n in (96, 512) for name in names), (512, "linpass, PyTorch")]
+    for row in result["timing"]:
+        if row["variant"] == "not installed":
+            assert row["failed"] == "ModuleNotFoundError: No module named 'a_package_that_nobody_has'"
+        else:
+            assert row["passed"]
+            assert max(row["errors"].values()) < 0.03
+            assert min(*row["forward_ms"], *row["both_ms"], row["host_ms"]) > 0
+    page = (tmp_path / "attention.md").read_text()
+    assert all(name in page for name in (*names, "not installed", "## 2 heads of 16", "## 8 heads of 64"))
+
+    found = attention_gpu_report.summary(result)
+    assert found["red"] == []
+    assert found["over_cudnn"].keys() == found["met"].keys() == {512}
+    assert found["failed"] == [["not installed", 96], ["not installed", 512]]
+
+
+def test_a_wrong_result_is_not_timed(tmp_path, monkeypatch):
+    def ten_percent_off(query, *arguments, **others):
+        return attention_linformer.mix_and_attend(query * 1.1, *arguments, **others)
+
+    monkeypatch.setattr(kernels_linformer, "mix_and_attend", ten_percent_off)
+    plan = TINY._replace(parts=("timing",), shapes=TINY.shapes[:1], variants=(cases.CORE,))
+    result = attention_gpu.run(tmp_path / "attention.json", plan, CPU, seconds=60)
+    assert [row["variant"] for row in result["timing"]] == ["cuDNN causal", "flash causal"]
+    assert attention_gpu_report.summary(result)["red"] == [["linpass", "tiny"]]
+
+
+def test_errors_at_the_timed_shape_are_judged_too(tmp_path, monkeypatch):
+    def right_for_packed_rows(query, *arguments, first_block_BC=None, **others):
+        query = query if first_block_BC is not None else query * 1.1
+        return attention_linformer.mix_and_attend(query, *arguments, first_block_BC=first_block_BC, **others)
+
+    monkeypatch.setattr(kernels_linformer, "mix_and_attend", right_for_packed_rows)
+    plan = TINY._replace(parts=("timing",), shapes=TINY.shapes[:1], variants=(cases.CORE,))
+    first = attention_gpu.run(tmp_path / "attention.json", plan, CPU, seconds=60)["timing"][0]
+    assert first["variant"] == "linpass"
+    assert "not timed" in first["failed"]
+    assert "both_ms" not in first
+
+
+def test_nothing_is_begun_when_the_time_is_over(tmp_path):
+    result = attention_gpu.run(tmp_path / "attention.json", TINY, CPU, seconds=0)
+    assert result["timing"] == result["gate"] == []
+    assert "Left out for want of time" in (tmp_path / "attention.md").read_text()
+
+
+def leaks(query, key, value, *arguments, **others):
+    return attention_linformer.mix_and_attend(query, key, value.roll(-1, 2), *arguments, **others)
+
+
+def test_the_gate_sees_the_future():
+    assert gate.check_causality(attention_linformer.mix_and_attend, CPU, 200)["passed"]
+    assert not gate.check_causality(leaks, CPU, 200)["passed"]
+
+
+@pytest.mark.parametrize("fault", ["unwritten", "not the same twice"])
+def test_the_gate_sees(fault):
+    case = TINY.checks[0]
+
+    def faulty(query, *arguments, **others):
+        output = attention_linformer.mix_and_attend(query, *arguments, **others)
+        if fault == "unwritten":
+            return torch.cat((output[:, :, :-1], torch.empty_like(output[:, :, :1])), 2)
+        return output + 1e-3 * torch.randn_like(output)
+
+    assert gate.check(attention_linformer.mix_and_attend, case, CPU)["passed"]
+    row = gate.check(faulty, case, CPU)
+    assert not row["passed"]
+    assert row["not_finite"] > 0 if fault == "unwritten" else not row["runs_agree"]
+
+
+def test_floor_counts_the_visible_pairs():
+    b, w, r, view = SHAPE.layout[:4]
+    token = torch.arange(SHAPE.tokens)
+    slots = visible_slots(token, torch.arange(SHAPE.slots) // r, b, view)
+    pairs = int(slots.sum() + visible_tokens(token, token, b, w).sum())
+    mixing = 4 * SHAPE.tokens * r * SHAPE.dim  # keys and values; backward twice that
+    flop = 3 * SHAPE.heads * (14 * SHAPE.dim * pairs + 3 * mixing)
+    limited = attention_gpu_report.floor(SHAPE, 3, flop_per_s=1e6, bytes_per_s=1e15)
+    assert limited["floor_ms"] == pytest.approx(flop / 1e3, abs=1e-3)
+    assert limited["bound_by"] == {"forward": "operations", "backward": "operations"}
+    states = 2 * 3 * SHAPE.heads * SHAPE.tokens * SHAPE.dim  # bytes of queries, keys, values or output
+    weights = 2 * SHAPE.tokens * r  # bytes of E or F
+    limited = attention_gpu_report.floor(SHAPE, 3, flop_per_s=1e15, bytes_per_s=1e6)
+    assert limited["floor_ms"] == pytest.approx((11 * states + 6 * weights) / 1e3, abs=1e-3)

@@ -1,0 +1,650 @@
+"""Fused kernels against the float64 oracle: values and every gradient; at real sizes on a CUDA device.
+
+Without one, small cases run in Triton's interpreter, which has no bfloat16.
+"""
+
+from dataclasses import asdict, dataclass
+from types import SimpleNamespace
+
+import pytest
+import reference
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tolerances import GRADIENT, VALUE, relative_error
+
+import linpass.kernels_linformer
+from linpass import LinformerConfig, LinformerForCausalLM, attention_linformer
+from linpass.attention_linformer import (
+    BlockLayout,
+    attend_blocks_reference,
+    mix_blocks,
+    packed_grid,
+    pooling_weight,
+    rotary_angles,
+    rotate,
+    slot_centres,
+)
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+RUNS = 2 if DEVICE.type == "cpu" else 5  # that must be equal
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. The defaults are small; queries and tokens still take two tiles, and slots do where r is 8."""
+
+    tokens: int = 50
+    dtype: torch.dtype = torch.float32
+    batch: int = 1
+    heads: int = 2
+    groups: int = 1
+    dim: int = 16
+    block: int = 8
+    window: int = 20
+    slots: int = 2  # of a block
+    view: int = 99  # blocks
+    mixing: str = "learned"  # or convolution, pooling
+    stored: int = 9  # blocks that have learned weights
+    per_group: bool = True  # every group has weights of its own
+    one_weight: bool = False  # E is F
+    weight_dtype: torch.dtype | None = None
+    rotary: bool = True  # the window sees keys that are not those of the mixing, and slots are turned
+    packed: str = ""  # documents in "each" row its own, or in "all" rows the same
+    memory: str = "tokens first"
+    parts: int = 0  # that the queries of a slot are cut in; 0: as many as the kernels choose
+
+
+REAL = Case(333, torch.bfloat16, 2, 4, 2, 64, 32, 100, 4, 99, stored=32)
+# How q, k and v lie in memory, as an order of [B, H, N, D].
+MEMORY = {"tokens first": (0, 2, 1, 3), "heads first": (0, 1, 2, 3), "features first": (0, 3, 1, 2)}
+
+
+def name(changes):
+    words = (f"{key}={str(value).removeprefix('torch.')}".replace(" ", "-") for key, value in changes.items())
+    return "-".join(words) or "default"
+
+
+def small(**changes):
+    return pytest.param(Case(**changes), id=name(changes))
+
+
+def real(**changes):
+    return pytest.param(Case(**asdict(REAL) | changes), id="real-" + name(changes), marks=pytest.mark.gpu)
+
+
+def uniform(case, *shape, dtype=None):
+    """Normal, of order one."""
+    return torch.randn(*shape, device=DEVICE).to(dtype or case.dtype)
+
+
+def make_leaves(case):
+    """What gradients are wanted of, by name."""
+    order, leaves = MEMORY.get(case.memory, MEMORY["tokens first"]), {}
+    heads = {"query": case.heads, "key": case.groups, "value": case.groups}
+    if case.memory == "fused":
+        leaves["projected"] = uniform(case, case.batch, case.tokens, sum(heads.values()) * case.dim)
+        heads = {}
+    if case.rotary:
+        heads["near"] = case.groups
+    for part, count in heads.items():
+        shape = (case.batch, count, case.tokens, case.dim)
+        leaves[part] = uniform(case, *(shape[i] for i in order))
+    if case.mixing != "pooling":
+        sets = case.groups if case.per_group else 1
+        stored = case.stored if case.mixing == "learned" else 1
+        for part in ("E",) if case.one_weight else ("E", "F"):
+            weight = uniform(case, sets, stored, case.block, case.slots) / case.block**0.5
+            leaves[part] = weight.to(case.weight_dtype or case.dtype)
+    return {part: leaf.requires_grad_() for part, leaf in leaves.items()}
+
+
+def arguments(case, leaves, grid):
+    """Arguments of mix_and_attend, from the leaves; in their dtype."""
+    order = MEMORY.get(case.memory, MEMORY["tokens first"])
+    back = [order.index(i) for i in range(4)]
+    states = {part: leaf.permute(back) for part, leaf in leaves.items() if part in ("query", "key", "value", "near")}
+    if case.memory == "fused":
+        heads = leaves["projected"].unflatten(-1, (-1, case.dim)).transpose(1, 2)
+        split = heads.split((case.heads, case.groups, case.groups), 1)
+        states |= zip(("query", "key", "value"), split, strict=True)
+    dtype = states["query"].dtype
+    if case.mixing == "pooling":
+        key_weight = pooling_weight(case.block, case.slots, dtype, DEVICE)[None, None]
+    else:
+        key_weight = leaves["E"]
+    blocks, angles = grid.block_numbers(case.block), None
+    if case.rotary:
+        count = case.tokens // case.block
+        if blocks is None and key_weight.shape[1] > 1:
+            count = min(count, key_weight.shape[1])
+        numbers = torch.arange(count, device=DEVICE)[None] if blocks is None else blocks[:, :count]
+        angles = rotary_angles(slot_centres(numbers, case.block, case.slots), case.dim, 1e4, case.dtype)
+        angles = tuple(part.to(dtype) for part in angles)
+    return SimpleNamespace(
+        **{"near": None} | states,
+        weights=(key_weight, leaves.get("F", key_weight)),
+        layout=BlockLayout(case.block, case.window, case.slots, case.view),
+        angles=angles,
+        blocks=blocks,
+        first_block=grid.first_block_BC,
+    )
+
+
+def make_grid(case):
+    """Documents of 3 blocks, in the second row of one and of all others."""
+    if not case.packed:
+        return SimpleNamespace(block_numbers=lambda _: None, first_block_BC=None)
+    block = torch.arange(case.tokens, device=DEVICE) // case.block
+    rows = torch.stack((block // 3, block.clamp(max=1)))[: case.batch if case.packed == "each" else 1]
+    return packed_grid(rows, case.block)
+
+
+def fused(kernels, case, leaves, grid):
+    a = arguments(case, leaves, grid)
+    return kernels.mix_and_attend(
+        a.query, a.key, a.value, a.weights, a.layout, a.near, a.angles, a.blocks, a.first_block
+    )
+
+
+def oracle(case, leaves, grid):
+    """With every score in memory."""
+    a = arguments(case, leaves, grid)
+    slot_key, slot_value = mix_blocks(a.key, a.weights[0], a.blocks), mix_blocks(a.value, a.weights[1], a.blocks)
+    slot_key = slot_key if a.angles is None else rotate(slot_key, a.angles)
+    near = a.key if a.near is None else a.near
+    return attend_blocks_reference(a.query, near, a.value, slot_key, slot_value, a.layout, a.first_block)[0]
+
+
+def output_gradient(case):
+    if case.memory == "expanded gradient":  # as of output.sum()
+        return torch.ones((), device=DEVICE, dtype=case.dtype).expand(case.batch, case.heads, case.tokens, case.dim)
+    return uniform(case, case.batch, case.heads, case.tokens, case.dim)
+
+
+def assert_within_the_table(dtype, output, gradients, truth, true_gradients):
+    """``gradients`` and ``true_gradients`` by name."""
+    assert output.dtype == dtype
+    assert relative_error(output, truth) < VALUE[dtype]
+    for part, expected in true_gradients.items():
+        got = gradients[part]
+        assert got.shape == expected.shape, part
+        if expected.numel() and expected.abs().max() > 1e-12:
+            error = relative_error(got, expected)
+        else:  # zero in exact arithmetic: one key in view, or weights of blocks that are not there
+            error = got.abs().sum().item() / max(1, got.numel())
+        assert error < GRADIENT[dtype], f"{part}: {error:.1e}"
+
+
+def check(kernels, case, launches):
+    leaves, grid, gradient = make_leaves(case), make_grid(case), output_gradient(case)
+    truths = {part: leaf.detach().double().requires_grad_() for part, leaf in leaves.items()}
+    launches.clear()
+    output = fused(kernels, case, leaves, grid)
+    gradients = torch.autograd.grad(output, list(leaves.values()), gradient)
+    assert {"forward_kernel", "query_gradient_kernel", "token_gradient_kernel"} <= set(launches)
+    assert ("slot_gradient_kernel" in launches) == (case.tokens >= case.block)
+    truth = oracle(case, truths, grid)
+    expected = torch.autograd.grad(truth, list(truths.values()), gradient.double(), materialize_grads=True)
+    for part, leaf in leaves.items():
+        assert dict(zip(leaves, gradients, strict=True))[part].dtype == leaf.dtype
+    named = (dict(zip(leaves, parts, strict=True)) for parts in (gradients, expected))
+    assert_within_the_table(case.dtype, output, next(named), truth, next(named))
+
+
+@pytest.fixture(autouse=True)
+def a_device_where_one_is_needed(request):
+    if request.node.get_closest_marker("gpu"):
+        request.getfixturevalue("device")
+
+
+@pytest.fixture
+def launches(kernels, monkeypatch):
+    """Names of the kernels that were started, in order."""
+    names, launch = [], kernels._launch
+
+    def remember(kernel, *rest):
+        names.append(kernel.__name__)
+        launch(kernel, *rest)
+
+    monkeypatch.setattr(kernels, "_launch", remember)
+    return names
+
+
+CASES = [
+    small(),
+    small(dtype=torch.float16),
+    *(small(tokens=tokens) for tokens in (1, 7, 8, 9, 63, 100)),
+    *(small(dim=dim, tokens=40) for dim in (24, 32, 48)),
+    small(dim=80, tokens=40, dtype=torch.float16),
+    small(groups=2),
+    small(heads=4, groups=2, dtype=torch.float16),
+    small(block=24, slots=3),
+    small(block=16, slots=16, window=16),
+    small(block=32, slots=8, window=33),
+    *(small(slots=slots) for slots in (1, 3, 8)),
+    *(small(window=window) for window in (8, 999)),
+    small(window=1),
+    small(view=2),
+    small(view=2, window=8, dtype=torch.float16, parts=3),
+    small(mixing="convolution", heads=4, groups=2),
+    small(mixing="pooling"),
+    small(per_group=False, heads=4, groups=2),
+    small(one_weight=True),
+    small(one_weight=True, per_group=False, mixing="convolution", dtype=torch.float16, batch=2),
+    small(stored=6),
+    *(small(stored=4, view=view) for view in (4, 1, 99)),
+    small(rotary=False),
+    small(packed="each", batch=2),
+    small(packed="each", batch=2, per_group=False, rotary=False, groups=2),
+    small(packed="all", batch=2, dtype=torch.float16, mixing="convolution"),
+    small(packed="all", stored=2),
+    *(small(memory=memory) for memory in ("fused", "heads first", "features first", "expanded gradient")),
+    small(dtype=torch.float16, weight_dtype=torch.float32),
+    real(),
+    real(dtype=torch.float16),
+    real(dtype=torch.float32),
+    *(real(tokens=tokens) for tokens in (1, 7, 63, 100, 1000)),
+    real(tokens=1000, stored=31),
+    *(real(tokens=1000, stored=20, view=view) for view in (20, 2, 99)),
+    real(tokens=5000, mixing="convolution", per_group=False),
+    *(real(dim=dim) for dim in (32, 48, 80, 96, 128, 256)),
+    *(real(dim=dim, dtype=torch.float32, mixing="convolution") for dim in (48, 128, 256)),
+    *(real(groups=groups) for groups in (4, 1)),
+    real(block=16, window=16),
+    real(block=24, slots=3, window=90),
+    real(block=128, slots=8, window=128, tokens=1000),
+    *(real(slots=slots) for slots in (1, 3, 8, 32)),
+    *(real(window=window) for window in (32, 1, 333, 4096)),
+    real(view=2),
+    real(mixing="convolution"),
+    real(mixing="pooling"),
+    real(per_group=False),
+    real(one_weight=True),
+    real(rotary=False),
+    real(packed="each"),
+    real(packed="each", tokens=1000, view=2, per_group=False),
+    real(packed="all", mixing="convolution"),
+    real(packed="all", stored=4),
+    *(real(memory=memory) for memory in ("fused", "heads first", "features first", "expanded gradient")),
+    real(weight_dtype=torch.float32),
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_value_and_every_gradient_are_within_the_table(case, kernels, launches, monkeypatch):
+    if case.parts:
+        monkeypatch.setattr(kernels, "_fold_parts", lambda *_: case.parts)
+    check(kernels, case, launches)
+    assert ("mix_kernel" in launches) == (case.tokens >= case.block)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [small(tokens=100, block=48, slots=48, dtype=torch.float16), real(block=48, slots=48), real(block=96, slots=96)],
+)
+def test_mixing_to_many_slots_is_a_product_of_pytorch(case, kernels, launches):
+    """A tile of tokens that enters more slots than a program can hold: attention alone is fused."""
+    check(kernels, case, launches)
+    assert "mix_kernel" not in launches
+
+
+@settings(deadline=None, max_examples=6, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_shape(data, kernels, launches):
+    choices = {
+        "groups": (1, 2),
+        "block": (8, 12),
+        "slots": (1, 3),
+        "dim": (16, 20),
+        "mixing": ("learned", "convolution"),
+    }
+    check(kernels, Case(**draw_shape(data, 40, 4, **choices)), launches)
+
+
+@pytest.mark.gpu
+@settings(deadline=None, max_examples=40, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_real_shape(data, kernels, launches):
+    case = draw_shape(data, 1500, 16, block=(24, 32))
+    check(kernels, Case(**asdict(REAL) | case), launches)
+
+
+def draw_shape(data, longest, stored, **choices):
+    """``choices`` of fields whose every value is compiled anew."""
+    drawn = {part: data.draw(st.sampled_from(values), part) for part, values in choices.items()}
+    return drawn | {
+        "tokens": data.draw(st.integers(1, longest), "tokens"),
+        "batch": data.draw(st.integers(1, 2), "batch"),
+        "view": data.draw(st.integers(1, stored), "view"),
+        "window": data.draw(st.integers(2, longest + 10), "window"),
+        "packed": data.draw(st.sampled_from(["", "each", "all"]), "packed"),
+        "per_group": data.draw(st.booleans(), "per_group"),
+        "stored": stored,
+    }
+
+
+def test_loops_over_single_tokens_agree(kernels):
+    """An oracle that shares no code: one head, n = 27 of 32 tokens, blocks of 8 with 2 slots, a window of 11."""
+    case = Case(tokens=27, heads=1, window=11, stored=4)
+    leaves = make_leaves(case)
+    del leaves["near"]  # here it is the key, rotated
+    truths = {part: leaf.detach().double().cpu().requires_grad_() for part, leaf in leaves.items()}
+    position = rotary_angles(torch.arange(case.tokens, device=DEVICE)[None], case.dim, 1e4, torch.float64)
+    query, key = (leaves[part].transpose(1, 2) for part in ("query", "key"))
+    turned = {"query": rotate(query, position), "near": rotate(key, position)}
+    moved = leaves | {part: states.transpose(1, 2) for part, states in turned.items()}
+    output = fused(kernels, case, moved, make_grid(case))
+
+    config = {"seq_length": 32, "block_size": 8, "window_size": 11, "causal": True}
+    config |= {"position_embedding": "rotary", "rotary_base": 1e4}
+    truth = torch.stack(
+        reference.head_attention(
+            *(list(truths[part][0, :, 0]) for part in ("query", "key", "value")),
+            *(lambda j, part=part: truths[part][0, j // 8, j % 8] for part in ("E", "F")),
+            k=8,
+            config=config,
+        )
+    )[None, None]
+    gradient = output_gradient(case)
+    got = torch.autograd.grad(output, list(leaves.values()), gradient)
+    expected = torch.autograd.grad(truth, list(truths.values()), gradient.double().cpu())
+    got = {part: g.cpu() for part, g in zip(leaves, got, strict=True)}
+    assert_within_the_table(case.dtype, output.cpu(), got, truth, dict(zip(truths, expected, strict=True)))
+
+
+def attention_call(case, past=False):
+    """Tensors and layout of `attend_blocks`; ``past``: a window and all visible blocks before the first query."""
+    past_tokens, past_blocks = (case.window, case.view) if past else (0, 0)
+    tokens, slots = past_tokens + case.tokens, (past_blocks + case.tokens // case.block) * case.slots
+    rows = {"query": (case.heads, case.tokens), "key": (case.groups, tokens), "value": (case.groups, tokens)}
+    rows |= {"slot key": (case.groups, slots), "slot value": (case.groups, slots)}
+    layout = BlockLayout(case.block, case.window, case.slots, case.view, past_tokens, past_blocks)
+    tensors = {part: uniform(case, case.batch, *shape, case.dim) for part, shape in rows.items()}
+    return tensors, layout
+
+
+def check_attention(kernels, case, past=False, first_block=None):
+    tensors, layout = attention_call(case, past)
+    first_block = make_grid(case).first_block_BC if first_block is None else first_block
+    leaves = {part: tensor.requires_grad_() for part, tensor in tensors.items()}
+    truths = {part: tensor.detach().double().requires_grad_() for part, tensor in tensors.items()}
+    output = kernels.attend_blocks(*leaves.values(), layout, first_block)
+    truth = attend_blocks_reference(*truths.values(), layout, first_block)[0]
+    gradient = output_gradient(case)
+    got = torch.autograd.grad(output, list(leaves.values()), gradient)
+    expected = torch.autograd.grad(truth, list(truths.values()), gradient.double(), materialize_grads=True)
+    named = (dict(zip(leaves, parts, strict=True)) for parts in (got, expected))
+    assert_within_the_table(case.dtype, output, next(named), truth, next(named))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        small(),
+        small(slots=0),
+        small(slots=0, packed="each", batch=2),
+        small(tokens=7),
+        small(block=24, slots=3, groups=2, view=1, dtype=torch.float16),
+        small(packed="all", batch=2, dtype=torch.float16),
+        real(),
+        real(slots=0),
+        real(slots=0, packed="each"),
+        real(tokens=7),
+        real(block=24, slots=3, groups=4, view=3, dtype=torch.float16),
+        real(packed="all", tokens=1000),
+        real(tokens=5000, view=20, groups=1),
+        real(dim=256, dtype=torch.float32),
+    ],
+)
+def test_attention_over_given_slots_is_within_the_table(case, kernels, launches):
+    check_attention(kernels, case)
+    assert {"forward_kernel", "query_gradient_kernel", "token_gradient_kernel"} <= set(launches)
+    assert ("slot_gradient_kernel" in launches) == (case.slots > 0 and case.tokens >= case.block)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        small(tokens=24, batch=2, view=4),
+        small(tokens=40, batch=2, view=5, window=7, dtype=torch.float16),
+        small(tokens=16, batch=2, slots=0),
+        small(tokens=5, batch=2, view=4, groups=2),
+        real(tokens=320, view=8),
+        real(tokens=64, view=32, window=128, dtype=torch.float16),
+        real(tokens=32, slots=0, dtype=torch.float32),
+    ],
+)
+def test_queries_after_a_cache(case, kernels, launches):
+    """Rows that remember one and three blocks, as the layers call it with a cache; only without gradients."""
+    first_block = torch.tensor([[-1], [-3]], device=DEVICE).expand(-1, -(-case.tokens // case.block))
+    tensors, layout = attention_call(case, past=True)
+    with torch.no_grad():
+        output = kernels.attend_blocks(*tensors.values(), layout, first_block)
+    truth = attend_blocks_reference(*(tensor.double() for tensor in tensors.values()), layout, first_block)[0]
+    assert relative_error(output, truth) < VALUE[case.dtype]
+    assert set(launches) == {"forward_kernel"}
+    launches.clear()
+    check_attention(kernels, case, True, first_block)
+    assert not launches
+
+
+def gradients_by_name(output, leaves, gradient):
+    got = torch.autograd.grad(output, list(leaves.values()), gradient)
+    return {"output": output.detach()} | dict(zip(leaves, got, strict=True))
+
+
+# Queries from 128 on see tokens from 113 and slots of the blocks from 7 on, which are those of the tokens from 112 on:
+# r = b, so that row i of slots and token i lie in the same tile, of 64 rows at most.
+FAR = {"tokens": 192, "block": 16, "slots": 16, "window": 16, "view": 1}
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:All-NaN:RuntimeWarning")  # NumPy, meant
+@pytest.mark.parametrize("case", [small(**FAR), real(**FAR), real(**FAR, dtype=torch.float32)])
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_what_is_out_of_sight_is_never_read(case, where, kernels):
+    """NaN in every row that is whole tiles away: a mask alone would let it through, 0 * NaN is NaN."""
+    tensors, layout = attention_call(case)
+    gone, kept = (slice(0, 64), slice(128, None)) if where == "before" else (slice(128, None), slice(0, 64))
+    gradient, runs = output_gradient(case), []
+    for poison in (False, True):
+        leaves = {part: tensor.detach().clone() for part, tensor in tensors.items()}
+        for tensor in leaves.values():
+            tensor[:, :, gone] = float("nan") if poison else 1.0
+        leaves = {part: tensor.requires_grad_() for part, tensor in leaves.items()}
+        runs.append(gradients_by_name(kernels.attend_blocks(*leaves.values(), layout), leaves, gradient))
+    for part, expected in runs[0].items():
+        assert expected[:, :, kept].isfinite().all(), part
+        assert torch.equal(runs[1][part][:, :, kept], expected[:, :, kept]), part
+
+
+@pytest.fixture
+def poisoned_memory():
+    """torch.empty gives NaN."""
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = before
+
+
+UNWRITTEN = [
+    small(stored=20),
+    small(packed="each", batch=2, dtype=torch.float16, dim=24),
+    small(tokens=7),
+    small(parts=3, tokens=100, view=3),
+    real(),
+    real(dim=80, packed="each"),
+    real(tokens=7),
+    real(tokens=5000, mixing="convolution"),
+]
+
+
+@pytest.mark.parametrize("case", UNWRITTEN)
+def test_every_result_is_written(case, kernels, monkeypatch, request):
+    """And so are all tensors between the kernels: the same bits when memory is NaN to begin with."""
+    if case.parts:
+        monkeypatch.setattr(kernels, "_fold_parts", lambda *_: case.parts)
+    leaves, grid, gradient = make_leaves(case), make_grid(case), output_gradient(case)
+    clean = gradients_by_name(fused(kernels, case, leaves, grid), leaves, gradient)
+    request.getfixturevalue("poisoned_memory")
+    assert torch.empty(3, device=DEVICE).isnan().all()
+    poisoned = gradients_by_name(fused(kernels, case, leaves, grid), leaves, gradient)
+    for part, expected in clean.items():
+        assert expected.isfinite().all(), part
+        assert torch.equal(poisoned[part], expected), part
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        small(packed="each", batch=2),
+        real(tokens=1000),
+        real(tokens=1000, packed="each"),
+        real(tokens=5000, mixing="convolution", per_group=False, groups=1),
+        real(dtype=torch.float32, dim=128, mixing="convolution"),
+    ],
+)
+def test_two_runs_give_the_same_bits(case, kernels):
+    leaves, grid, gradient = make_leaves(case), make_grid(case), output_gradient(case)
+    first, *others = (gradients_by_name(fused(kernels, case, leaves, grid), leaves, gradient) for _ in range(RUNS))
+    for again in others:
+        assert all(torch.equal(again[part], expected) for part, expected in first.items())
+
+
+@pytest.mark.parametrize("case", [small(batch=2), real(tokens=1000), real(tokens=5000, mixing="convolution")])
+def test_a_row_alone_gives_the_same_bits(case, kernels):
+    """Output and gradient of the queries always; of keys and values where slots are not summed in parts.
+
+    How many parts there are depends on the rows of the batch, from 2048 tokens on. E and F sum over the batch.
+    """
+    leaves, grid, gradient = make_leaves(case), make_grid(case), output_gradient(case)
+    whole = gradients_by_name(fused(kernels, case, leaves, grid), leaves, gradient)
+    alone = {part: leaf if part in "EF" else leaf.detach()[:1].requires_grad_() for part, leaf in leaves.items()}
+    row = gradients_by_name(fused(kernels, case, alone, grid), alone, gradient[:1])
+    for part in ("output", "query", "near") + (("key", "value") if case.tokens < 2048 else ()):
+        assert torch.equal(row[part], whole[part][:1]), part
+
+
+@pytest.mark.parametrize(
+    ("case", "places"),
+    [
+        (Case(tokens=45), (0, 6, 7, 8, 31, 44)),
+        (Case(tokens=45, packed="each", batch=2, dtype=torch.float16), (23, 24, 39)),
+        pytest.param(REAL, (0, 30, 31, 32, 255, 256, 300, 319, 332), marks=pytest.mark.gpu),
+        pytest.param(Case(**asdict(REAL) | {"packed": "each"}), (95, 96, 127, 300), marks=pytest.mark.gpu),
+    ],
+    ids=["small", "small-packed", "real", "real-packed"],
+)
+def test_nothing_of_the_future_enters(case, places, kernels):
+    """Exact zeros: by later tokens, by weights of blocks that are not complete; equal bits after they changed."""
+    leaves, grid = make_leaves(case), make_grid(case)
+    numbers = grid.block_numbers(case.block)
+    output = fused(kernels, case, leaves, grid)
+    for t in places:
+        loss = output[:, :, t].float().sum()
+        got = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values()), retain_graph=True), strict=True))
+        for part in ("query", "key", "value", "near"):
+            assert not got[part][:, t + 1 :].any(), (part, t)
+        assert got["value"][:, t].any(-1).all()
+        assert not got["query"][:, :t].any()
+        complete = torch.arange((t + 1) // case.block, device=DEVICE)
+        if numbers is not None:
+            complete = numbers[:, : (t + 1) // case.block].flatten()
+        unseen = torch.ones(case.stored, dtype=torch.bool, device=DEVICE)
+        unseen[complete] = False
+        for part in ("E", "F"):
+            assert not got[part][:, unseen].any(), (part, t)
+            if numbers is None and t + 1 >= case.block:
+                assert got[part][:, ~unseen].flatten(2).any(-1).all(), (part, t)
+    t = places[-2]
+    changed = {part: leaf.detach().clone() for part, leaf in leaves.items()}
+    for part in ("query", "key", "value", "near"):
+        changed[part][:, t + 1 :] += 1
+    with torch.no_grad():
+        assert torch.equal(fused(kernels, case, changed, grid)[:, :, : t + 1], output[:, :, : t + 1])
+
+
+def test_weights_of_blocks_that_nobody_sees_have_no_gradient(kernels):
+    """Block 6 is not complete, 7 and 8 hold no token."""
+    case = Case()
+    leaves = make_leaves(case)
+    got = gradients_by_name(fused(kernels, case, leaves, make_grid(case)), leaves, output_gradient(case))
+    for part in ("E", "F"):
+        assert got[part][:, :6].flatten(2).any(-1).all()
+        assert not got[part][:, 6:].any()
+
+
+@pytest.mark.parametrize(
+    "case", [small(dtype=torch.float64), small(dim=300, tokens=20), small(dim=8), small(batch=65536, tokens=1)]
+)
+def test_calls_that_no_kernel_takes_are_those_of_pytorch(case, kernels, launches):
+    check_fallback(kernels, case)
+    assert not launches
+
+
+def test_without_triton_all_is_pytorch(kernels, launches, monkeypatch):
+    monkeypatch.setattr(kernels, "triton", None)
+    check_fallback(kernels, Case())
+    assert not launches
+
+
+def test_on_a_cpu_all_is_pytorch(monkeypatch):
+    """Outside of the interpreter."""
+    monkeypatch.setitem(globals(), "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(linpass.kernels_linformer, "_launch", None)
+    check_fallback(linpass.kernels_linformer, Case())
+
+
+def check_fallback(kernels, case):
+    leaves, grid, gradient = make_leaves(case), make_grid(case), output_gradient(case)
+    got = gradients_by_name(fused(kernels, case, leaves, grid), leaves, gradient)
+    expected = gradients_by_name(fused(attention_linformer, case, leaves, grid), leaves, gradient)
+    for part, wanted in expected.items():
+        assert relative_error(got[part], wanted) < (VALUE if part == "output" else GRADIENT)[case.dtype], part
+    tensors, layout = attention_call(case)
+    leaves = {part: tensor.requires_grad_() for part, tensor in tensors.items()}
+    got = gradients_by_name(kernels.attend_blocks(*leaves.values(), layout), leaves, gradient)
+    expected = gradients_by_name(attention_linformer.attend_blocks(*leaves.values(), layout), leaves, gradient)
+    for part, wanted in expected.items():
+        assert relative_error(got[part], wanted) < (VALUE if part == "output" else GRADIENT)[case.dtype], part
+
+
+def model_call(projection, dtype=torch.float32, **changes):
+    fields = {"embed_dim": 128, "heads": 4, "seq_length": 256, "k": 32, "block_size": 32, "window_size": 64} | changes
+    config = LinformerConfig(
+        vocab_size=100, depth=2, projection=projection, position_embedding="rotary", rank=None, dropout=0.0, **fields
+    )
+    model = LinformerForCausalLM(config).to(DEVICE, dtype)
+    return model, torch.randint(0, 100, (2, config.seq_length - 6), device=DEVICE)
+
+
+def check_model(model, ids, launches, autocast=None):
+    with torch.autocast(DEVICE.type, autocast, enabled=autocast is not None):
+        logits = model(ids, use_cache=False).logits
+    logits.float().logsumexp(-1).sum().backward()
+    backward = ("query_gradient_kernel", "slot_gradient_kernel", "token_gradient_kernel")
+    assert launches == ["mix_kernel", "forward_kernel"] * 2 + [*backward] * 2
+    launches.clear()
+    half = ids.shape[1] // 2
+    with torch.no_grad():
+        past = model(ids[:, :half], use_cache=True).past_key_values
+        model(ids[:, half:], past_key_values=past)
+    assert launches == ["forward_kernel"] * 4
+
+
+def test_models_take_the_kernels(kernels, launches):
+    changes = {"embed_dim": 32, "heads": 2, "seq_length": 32, "k": 8, "block_size": 8, "window_size": 12}
+    check_model(*model_call("learned", **changes), launches)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dtype", "autocast"),
+    [(torch.bfloat16, None), (torch.float16, None), (torch.float32, None), (torch.float32, torch.bfloat16)],
+    ids=["bfloat16", "float16", "float32", "autocast"],
+)
+@pytest.mark.parametrize("projection", ["learned", "convolution", "pooling"])
+def test_real_models_take_the_kernels(projection, dtype, autocast, kernels, launches):
+    check_model(*model_call(projection, dtype), launches, autocast)
