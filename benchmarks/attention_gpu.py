@@ -35,7 +35,7 @@ from linpass import attention_linformer, kernels_linformer
 PARTS = ("ceilings", "gate", "timing", "graphs")
 # Our ways to attend, by the names of their variants: what the gate stands before.
 GATED = {cases.OURS.name: kernels_linformer, cases.OURS_IN_PYTORCH.name: attention_linformer}
-LONGEST_GRAPH = 2048
+LONGEST_GRAPH = 8192
 
 
 class Plan(NamedTuple):
@@ -60,14 +60,22 @@ QUICK = Plan(
 
 
 class Report:
-    """Rows as they come, on the screen and in the file; no row is begun when the time is over."""
+    """Rows as they come, on the screen and in the file; no row is begun when the time is over.
 
-    def __init__(self, path: Path, seconds: float, environment: dict, device: torch.device):
+    Rows that ``done``, an earlier result, holds are not measured again.
+    """
+
+    def __init__(self, path: Path, seconds: float, environment: dict, device: torch.device, done: dict | None = None):
         self.path, self.device, self.ends = path, device, time.perf_counter() + seconds
         sections = {"gate": [], "timing": [], "graphs": [], "left_out": []}
         self.result = {"theme": "attention_gpu", "environment": environment, "ceilings": None, **sections}
+        self.done = done or sections
 
     def add(self, section: str, names: dict, compute: Callable[[], dict]) -> dict | None:
+        for row in self.done[section]:
+            if "failed" not in row and names.items() <= row.items():
+                self.result[section].append(row)
+                return row
         if time.perf_counter() > self.ends:
             self.result["left_out"].append({"section": section} | names)
             return None
@@ -93,7 +101,9 @@ def check_all(report: Report, plan: Plan) -> set[str]:
         if name not in compared:
             continue
         checks = plan.checks if name == cases.OURS.name else plan.checks[:2]
-        calls = {case.name: (gate.check, module.mix_and_attend, case, report.device) for case in checks}
+        # PyTorch's own fused backward passes add in any order.
+        same_bits = name == cases.OURS.name
+        calls = {case.name: (gate.check, module.mix_and_attend, case, report.device, same_bits) for case in checks}
         calls["causality"] = (gate.check_causality, module.mix_and_attend, report.device)
         for case, (function, *arguments) in calls.items():
             row = report.add("gate", {"variant": name, "case": case}, partial(function, *arguments))
@@ -123,20 +133,22 @@ def time_one(
 
 
 def time_all(report: Report, plan: Plan, red: set[str]) -> None:
-    """Ours and the full attentions next to each other in time at every shape; then graphs; then the other variants."""
-    for number, group in enumerate(plan.variants):
-        for shape in plan.shapes if "timing" in plan.parts else ():
-            variants = [variant for variant in group if variant.measured_at(shape) and variant.name not in red]
-            inputs = inputs_for(shape, plan, report.device) if variants else []
-            for variant in variants:
-                time_one(report, plan, variant, shape, inputs)
-        if number == 0 and "graphs" in plan.parts and report.device.type == "cuda":
-            replay_all(report, plan, red)
+    """For each width of heads: ours and the full attentions next to each other in time; then graphs; then the rest."""
+    for width in dict.fromkeys((shape.heads, shape.dim) for shape in plan.shapes):
+        shapes = [shape for shape in plan.shapes if (shape.heads, shape.dim) == width]
+        for number, group in enumerate(plan.variants):
+            for shape in shapes if "timing" in plan.parts else ():
+                variants = [variant for variant in group if variant.measured_at(shape) and variant.name not in red]
+                inputs = inputs_for(shape, plan, report.device) if variants else []
+                for variant in variants:
+                    time_one(report, plan, variant, shape, inputs)
+            if number == 0 and "graphs" in plan.parts and report.device.type == "cuda":
+                replay_all(report, plan, shapes, red)
 
 
-def replay_all(report: Report, plan: Plan, red: set[str]) -> None:
+def replay_all(report: Report, plan: Plan, shapes: list[cases.Shape], red: set[str]) -> None:
     """Ours and cuDNN without the time to launch, at short rows."""
-    for shape in (shape for shape in plan.shapes if shape.tokens <= LONGEST_GRAPH):
+    for shape in (shape for shape in shapes if shape.tokens <= LONGEST_GRAPH):
         inputs = inputs_for(shape, plan, report.device)
         for variant in (variant for variant in (cases.OURS, cases.CUDNN) if variant.name not in red):
 
@@ -164,12 +176,16 @@ def describe(device: torch.device, plan: Plan, command: str) -> dict:
     }
 
 
-def run(path: Path, plan: Plan, device: torch.device, seconds: float, command: str = "") -> dict:
+def run(
+    path: Path, plan: Plan, device: torch.device, seconds: float, command: str = "", done: dict | None = None
+) -> dict:
     """All parts of the plan; writes RESULT.json and RESULT.md, and returns the result."""
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    report = Report(path, seconds, describe(device, plan, command), device)
-    if "ceilings" in plan.parts:
+    report = Report(path, seconds, describe(device, plan, command), device, done)
+    if done and done["ceilings"]:
+        report.result["ceilings"] = done["ceilings"]
+    elif "ceilings" in plan.parts:
         ceilings = measure_ceilings(device, plan.repeats, plan.matmul, plan.copied)
         report.result["ceilings"] = ceilings
         print(ceilings, flush=True)
@@ -189,6 +205,9 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("result", type=Path, help="JSON file to write; the tables go beside it, with .md")
     parser.add_argument("--seconds", type=float, default=540, help="begin nothing after so long (default: 540)")
     parser.add_argument("--only", help=f"some of the parts, with commas between: {','.join(PARTS)}")
+    parser.add_argument(
+        "--resume", type=Path, help="an earlier RESULT.json of the same version and device: its rows are kept"
+    )
     parser.add_argument("--quick", action="store_true", help="for tuning: ours and cuDNN at the lengths with a target")
     arguments = parser.parse_args(words)
     plan = QUICK if arguments.quick else Plan()
@@ -199,8 +218,10 @@ def main(words: list[str] | None = None) -> None:
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device")
     warnings.simplefilter("ignore")  # a back end that is asked for and refuses says why in warnings, row by row
-    command = " ".join(["python -m benchmarks.attention_gpu", *(sys.argv[1:] if words is None else words)])
-    result = run(arguments.result, plan, torch.device("cuda"), arguments.seconds, command)
+    done = json.loads(arguments.resume.read_text()) if arguments.resume else None
+    words = [Path(word).name if word.endswith(".json") else word for word in (sys.argv[1:] if words is None else words)]
+    command = " ".join(["python -m benchmarks.attention_gpu", *words])
+    result = run(arguments.result, plan, torch.device("cuda"), arguments.seconds, command, done)
     print(json.dumps(summary(result)))
 
 

@@ -156,8 +156,8 @@ def poisoned_memory():
         torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
-def check(mix_and_attend: Callable, case: Case, device: torch.device) -> dict:
-    """Errors, numbers that are not finite, and whether three more runs agree to the bit."""
+def check(mix_and_attend: Callable, case: Case, device: torch.device, must_agree: bool = True) -> dict:
+    """Errors, numbers that are not finite, and whether three more runs agree to the bit, which not all promise."""
     leaves, layout, arguments = make(case, device)
     weight = torch.randn(2, case.heads, case.tokens, case.dim, device=device, dtype=case.dtype)
     with poisoned_memory():
@@ -171,7 +171,7 @@ def check(mix_and_attend: Callable, case: Case, device: torch.device) -> dict:
     row["not_finite"] = sum(int((~x.isfinite()).sum()) for x in got)
     row["runs_agree"] = all(torch.equal(a, b) for other in runs[1:] for a, b in zip(runs[0], other, strict=True))
     accurate = row["passed"] or bool(case.score)
-    return row | {"passed": accurate and row["not_finite"] == 0 and row["runs_agree"]}
+    return row | {"passed": accurate and row["not_finite"] == 0 and (row["runs_agree"] or not must_agree)}
 
 
 def check_causality(mix_and_attend: Callable, device: torch.device, tokens: int = 1000) -> dict:

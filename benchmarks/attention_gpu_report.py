@@ -40,7 +40,8 @@ def line(row: dict) -> str:
     if "graph_ms" in row:
         words.append(f"{row['graph_ms'][0]} ms from a graph")
     if "both_ms" in row:
-        words.append(f"{row['both_ms'][0]} ms (forward {row['forward_ms'][0]}), {row['host_ms']} to enqueue")
+        words.append(f"{row['both_ms'][0]} ms (forward {row['forward_ms'][0]})")
+        words += [f"{row['host_ms']} to enqueue"] if row["host_ms"] else []
         words.append(f"{row['peak_MiB']} MiB")
     if "over_floor" in row:
         words.append(f"{row['over_floor']} x the floor of {row['floor_ms']}")
@@ -176,11 +177,17 @@ def memory_table(rows: dict[tuple, dict]) -> list[str]:
 
 
 def graphs_table(result: dict) -> list[str]:
-    body = [[r["heads"], r["n"], r["variant"], r.get("graph_ms", [r.get("failed")])[0]] for r in result["graphs"]]
+    found = {(r["heads"], r["dim"], r["n"], r["variant"]): r.get("graph_ms", [None])[0] for r in result["graphs"]}
+    body = []
+    for heads, dim, n in sorted({key[:3] for key in found}):
+        ours, theirs = (found.get((heads, dim, n, variant.name)) for variant in (OURS, CUDNN))
+        ratio = round(theirs / ours, 3) if ours and theirs else None
+        body.append([heads, dim, n, ours, theirs, ratio, TARGETS.get(n) if (heads, dim) == (8, 64) else None])
     if not body:
         return []
     text = "Forward and backward replayed from a CUDA graph, so without the time that Python needs to launch them:"
-    return ["", "## Without launch times", "", text, *table(["heads", "n", "variant", "ms"], body)]
+    head = ["heads", "of", "n", f"{OURS.name} ms", f"{CUDNN.name} ms", "× cuDNN", "target"]
+    return ["", "## Without launch times", "", text, *table(head, body)]
 
 
 def gate_table(result: dict) -> list[str]:

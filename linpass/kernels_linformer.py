@@ -123,9 +123,14 @@ def _interprets() -> bool:
     return not isinstance(kernels.forward_kernel, triton.runtime.JITFunction)
 
 
+RECENT: dict[torch.device, bool] = {}
+
+
 @torch.compiler.assume_constant_result
 def _is_recent(device: torch.device) -> bool:
-    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+    if device not in RECENT:
+        RECENT[device] = torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+    return RECENT[device]
 
 
 def _one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -175,7 +180,7 @@ def _padded(dim: int) -> int:
 
 def _unit_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
     """With features next to each other in memory; every other stride is free."""
-    return tuple(tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors)
+    return tuple([tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors])
 
 
 def _like_tokens(states_BHND: Tensor) -> Tensor:
@@ -212,31 +217,34 @@ def _fold_parts(tiles: int, tokens: int) -> int:
     return max(1, min(-(-ENOUGH_PROGRAMS // max(tiles, 1)), tokens // 1024))
 
 
-COMPILED: dict[tuple, Any] = {}
+STARTERS: dict[tuple, Any] = {}
 
 
 def _launch(kernel: Any, grid: tuple[int, int, int], tile: Tile, tensors: tuple, numbers: tuple) -> None:
     """Starts a kernel on the arguments ``(*tensors, *numbers)``.
 
     Triton's own launch looks at every argument anew, 0.1 ms a call, more than the kernels take for few tokens. It
-    chooses the compiled kernel by dtypes, by the numbers and by whether pointers are multiples of 16: so does the key.
+    chooses the compiled kernel by dtypes, by the numbers and by whether pointers are multiples of 16: so does the key,
+    for pointers that are.
     """
-    device = tensors[0].device
+    device, addresses = tensors[0].device, 0
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             return _launch(kernel, grid, tile, tensors, numbers)
-    pattern = tuple([None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors])
-    key = (kernel, device, tile, pattern, numbers)
-    compiled = COMPILED.get(key)
-    if compiled is not None:
-        compiled[grid](*tensors, *numbers)
+    for tensor in tensors:
+        if tensor is not None:
+            addresses |= tensor.data_ptr()
+    key = (kernel, device, grid, tile, tuple([None if t is None else t.dtype for t in tensors]), numbers)
+    start = STARTERS.get(key) if addresses % 16 == 0 else None
+    if start is not None:
+        start(*tensors, *numbers)
         return None
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers}
     compiled = kernel[grid](*tensors, *numbers, **options)
-    if compiled is not None:  # the interpreter returns nothing
-        if len(COMPILED) >= 4096:  # of calls whose lengths never repeat
-            COMPILED.clear()
-        COMPILED[key] = compiled
+    if compiled is not None and addresses % 16 == 0:  # the interpreter returns nothing
+        if len(STARTERS) >= 4096:  # of calls whose lengths never repeat
+            STARTERS.clear()
+        STARTERS[key] = compiled[grid]
     return None
 
 
