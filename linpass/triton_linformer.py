@@ -103,7 +103,8 @@ if triton is not None:
         start = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES  # late queries see most slots: longest first
         # The kernels of a call go through the batch in turns up and down: the last rows of one are still in the cache.
         head = tl.num_programs(1) - 1 - tl.program_id(1)
-        group = head // SHARED
+        group = tl.cast(head // SHARED, tl.int64)  # offsets of heads first may not fit 32 bits
+        head = tl.cast(head, tl.int64)
         batch = tl.cast(tl.num_programs(2) - 1 - tl.program_id(2), tl.int64)
         if HAS_FIRST:
             first_block += batch * first_stride
@@ -166,8 +167,8 @@ if triton is not None:
     ):
         """Gradient of a tile of queries of one head, and delta: the sums of output * gradient over the features."""
         start = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
-        head = tl.program_id(1)
-        group = head // SHARED
+        group = tl.cast(tl.program_id(1) // SHARED, tl.int64)
+        head = tl.cast(tl.program_id(1), tl.int64)
         batch = tl.cast(tl.program_id(2), tl.int64)
         if HAS_FIRST:
             first_block += batch * first_stride
@@ -274,7 +275,7 @@ if triton is not None:
         """Gradients of a tile of slots by one part of the queries that see it; of all parts the sum is the gradient."""
         part = tl.program_id(0) % parts
         start = tl.program_id(0) // parts * KEYS
-        group = tl.num_programs(1) - 1 - tl.program_id(1)
+        group = tl.cast(tl.num_programs(1) - 1 - tl.program_id(1), tl.int64)
         batch = tl.cast(tl.num_programs(2) - 1 - tl.program_id(2), tl.int64)
         if HAS_FIRST:
             end_block += batch * end_stride
@@ -339,7 +340,7 @@ if triton is not None:
         """Slots of BLOCKS blocks, of keys (turned to their positions) and of values."""
         start = tl.program_id(0) * (BLOCKS * SLOTS)
         stop = tl.minimum(start + BLOCKS * SLOTS, S)
-        group = tl.program_id(1)
+        group = tl.cast(tl.program_id(1), tl.int64)
         batch = tl.cast(tl.program_id(2), tl.int64)
         if NUMBERED:
             number += batch * number_stride
@@ -400,7 +401,7 @@ if triton is not None:
         APART: the window sees other keys (rotated) than the mixing; these have a gradient of their own.
         """
         start = tl.program_id(0) * KEYS
-        group = tl.program_id(1)
+        group = tl.cast(tl.program_id(1), tl.int64)
         batch = tl.cast(tl.program_id(2), tl.int64)
         token = start + tl.arange(0, KEYS)
         out = batch * out_strides[0] + group * out_strides[1]

@@ -513,6 +513,21 @@ def test_two_runs_give_the_same_bits(case, kernels):
         assert all(torch.equal(again[part], expected) for part, expected in first.items())
 
 
+@pytest.mark.gpu
+def test_heads_may_lie_further_apart_than_32_bits_count(kernels):
+    """Three heads, 1.5 · 2^30 numbers from one to the next: the last starts behind 2^31."""
+    case = Case(tokens=100, heads=3, groups=3, dim=64, block=32, slots=4, dtype=torch.bfloat16, rotary=False)
+    leaves, grid, gradient = make_leaves(case), make_grid(case), output_gradient(case)
+    apart, size = 3 * 2**29, case.tokens * case.dim
+    storage = torch.empty(2 * apart + 3 * size, dtype=case.dtype, device=DEVICE)
+    far = dict(leaves)
+    for number, part in enumerate(("query", "key", "value")):
+        view = storage[number * size :].as_strided((1, 3, case.tokens, case.dim), (size, apart, case.dim, 1))
+        far[part] = view.copy_(leaves[part].detach().transpose(1, 2)).transpose(1, 2).detach().requires_grad_()
+    near, away = (gradients_by_name(fused(kernels, case, x, grid), x, gradient) for x in (leaves, far))
+    assert all(torch.equal(away[part], expected) for part, expected in near.items())
+
+
 @pytest.mark.parametrize("case", [small(batch=2), real(tokens=1000), real(tokens=5000, mixing="convolution")])
 def test_a_row_alone_gives_the_same_bits(case, kernels):
     """Output and gradient of the queries always; of keys and values where slots are not summed in parts.
