@@ -217,6 +217,8 @@ def main(words: list[str] | None = None) -> None:
             parser.error(f"--only takes {','.join(PARTS)}, not {arguments.only}")
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device")
+    if kernels_linformer.triton is None:
+        parser.error("needs Triton: without it PyTorch's way would be measured under the kernels' name")
     warnings.simplefilter("ignore")  # a back end that is asked for and refuses says why in warnings, row by row
     done = json.loads(arguments.resume.read_text()) if arguments.resume else None
     words = [Path(word).name if word.endswith(".json") else word for word in (sys.argv[1:] if words is None else words)]

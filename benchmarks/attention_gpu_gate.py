@@ -146,14 +146,15 @@ def errors(got: list[Tensor], wanted: list[Tensor], names: tuple[str, ...], dtyp
 def poisoned_memory():
     """Memory that nobody has written to holds NaN."""
     # warn_only: PyTorch's own matrix products else want a setting of cuBLAS from before the start of the process.
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
 def check(mix_and_attend: Callable, case: Case, device: torch.device, must_agree: bool = True) -> dict:

@@ -194,7 +194,8 @@ def gate_table(result: dict) -> list[str]:
     body = []
     for row in result["gate"]:
         state = "failed" if "failed" in row else "passed" if row["passed"] else "RED"
-        detail = row.get("failed") or (max(row["errors"].values()) if "errors" in row else None)
+        judged = "near -120" not in row["case"]  # the gradient of the queries is a difference of large numbers there
+        detail = row.get("failed") or (max(row["errors"].values()) if judged and "errors" in row else None)
         body.append([row["variant"], row["case"], state, detail])
     text = (
         "Against float64 on the same inputs, each case with NaN in memory that nobody wrote to, numbers that are not "

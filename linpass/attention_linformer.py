@@ -408,6 +408,7 @@ def mix_and_attend(
         attend: a function like :func:`attend_blocks` to attend with.
     Returns: [B, H, N, D] in the dtype of the queries.
     Cost: that of :func:`attend_blocks` and O(B·G·N·r·D) for the mixing.
+    Invariants: those of :func:`attend_blocks`.
     """
     slot_key, slot_value = (
         mix_blocks(states, weight.to(states.dtype), block_BC)
@@ -441,6 +442,8 @@ def attend_blocks_fused(
     first_block_BC: Tensor | None = None,
 ) -> Tensor:
     """What :func:`attend_blocks` computes, as ONE call of PyTorch's fused attention whose batch is chunks of queries.
+
+    For GPUs without the kernels of ``kernels_linformer``, and for gradients through a cache.
 
     The keys of a chunk are all slots, the tokens that its window reaches back to, and its own tokens; a mask, the same
     for all heads, and for all rows that are not packed, tells each query which of them it sees.

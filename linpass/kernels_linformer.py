@@ -15,10 +15,12 @@ Without Triton or CUDA, for float64, and for the rare calls named in :func:`_fit
 ``attention_linformer``, which is also the oracle of the tests. Shape suffixes as there.
 """
 
+import re
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import attention_linformer as plain
 from . import triton_linformer as kernels
@@ -31,6 +33,10 @@ ENOUGH_PROGRAMS = 1024
 MIXED_TOKENS = 64
 # Programs along the second and third dimension of a CUDA grid.
 LARGEST_GRID = 65535
+# Bytes of shared memory: data-centre GPUs have more, others less.
+ROOMY = 160 * 1024
+# Tensors on the CPU go through the kernels: for tests, which load these for Triton's interpreter.
+INTERPRETED = False
 
 
 class Tile(NamedTuple):
@@ -94,9 +100,10 @@ def mix_and_attend(
 
 
 def _fits(tensors: tuple[Tensor, ...], layout: BlockLayout) -> bool:
-    """Triton, a GPU with bfloat16 (Ampere, 2020, or later), 16 to 256 features in at most 32 bits.
+    """Triton, an NVIDIA GPU with bfloat16 (Ampere, 2020, or later), 16 to 256 features in at most 32 bits.
 
-    Gradients through a cache (``past_tokens``) have no kernel: training does not form any.
+    Up to 128 features where a program has less than 160 KiB of shared memory (GeForce, RTX, L4). Gradients through a
+    cache (``past_tokens``) have no kernel: training does not form any.
     """
     query = tensors[0]
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
@@ -107,30 +114,31 @@ def _fits(tensors: tuple[Tensor, ...], layout: BlockLayout) -> bool:
     past = layout.past_tokens or layout.past_blocks
     if past and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return False
-    return _interprets() if query.device.type == "cpu" else query.is_cuda and _is_recent(query.device)
+    if query.device.type == "cpu":
+        return INTERPRETED
+    return query.is_cuda and _shared_memory(query.device) >= (1 if query.shape[-1] <= 128 else ROOMY)
 
 
 def _fits_mixing(query: Tensor, layout: BlockLayout) -> bool:
-    """All slots that a tile of tokens enters are mixed in one product: some slots, up to 128."""
-    tile = _tile("token", _padded(query.shape[-1]), query.element_size())
-    r = layout.slots_per_block
-    return r > 0 and _slots_tile(tile.keys, layout.block_size, r) <= 128
+    """All slots that a tile of tokens enters are mixed in one product: some slots, up to 128, in some shared memory."""
+    padded, r = _padded(query.shape[-1]), layout.slots_per_block
+    tile = _tile("token", padded, query.element_size())
+    slots = _slots_tile(tile.keys, layout.block_size, r) if r else 0
+    room = 2**15 if query.device.type == "cpu" or _shared_memory(query.device) >= ROOMY else 2**14
+    return 0 < slots <= 128 and slots * padded * query.element_size() <= room
+
+
+SHARED_MEMORY: dict[torch.device, int] = {}
 
 
 @torch.compiler.assume_constant_result
-def _interprets() -> bool:
-    """Triton runs on the CPU, in its interpreter (``TRITON_INTERPRET=1`` when this file is imported): for the tests."""
-    return not isinstance(kernels.forward_kernel, triton.runtime.JITFunction)
-
-
-RECENT: dict[torch.device, bool] = {}
-
-
-@torch.compiler.assume_constant_result
-def _is_recent(device: torch.device) -> bool:
-    if device not in RECENT:
-        RECENT[device] = torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
-    return RECENT[device]
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have; 0 where no kernel has been tried (AMD) or the device is older than bfloat16."""
+    if device not in SHARED_MEMORY:
+        properties = torch.cuda.get_device_properties(device)
+        known = torch.version.hip is None and properties.major >= 8
+        SHARED_MEMORY[device] = properties.shared_memory_per_block_optin if known else 0
+    return SHARED_MEMORY[device]
 
 
 def _one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -166,7 +174,7 @@ def _tile(kernel: str, padded: int, itemsize: int) -> Tile:
 
 def _precision(dtype: torch.dtype) -> str:
     """Of float32 products: what PyTorch's own matrix products are set to."""
-    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _power_of_two(number: int) -> int:
@@ -259,6 +267,7 @@ class _Attend(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad):
         return *attend_backward_op(grad, *ctx.saved_tensors, ctx.layout), None, None
 
@@ -281,6 +290,7 @@ class _MixAndAttend(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad):
         saved = ctx.saved_tensors  # once: checkpointing computes them anew when they are asked for
         mixed_key, key_weight, value_weight, _, _, number = saved[8:]
@@ -443,6 +453,8 @@ def _mix(key, value, key_weight, value_weight, cos, sin, number, layout):
     b, r, slots = layout.block_size, layout.slots_per_block, slot_key.shape[2]
     if not slots:
         return slot_key, slot_value
+    if cos is not None and min(cos.shape[-2], sin.shape[-2]) < slots:
+        raise ValueError(f"slot_angles has {cos.shape[-2]} rows; {slots} slots need one each")
     number = None if number is None else number.expand(batch, -1).contiguous()
     cos, sin = _angle_rows(cos, batch), _angle_rows(sin, batch)
     blocks = max(1, MIXED_TOKENS // b)  # of a program
@@ -535,7 +547,7 @@ def _operators(**operators: tuple[str, Any, Any]) -> list[Any]:
     ``torch.library.custom_op`` would do the same and cost a tenth of a millisecond a call. A copy of this file in a
     saved folder, or the same file loaded again, has a namespace of its own.
     """
-    namespace = __name__.replace(".", "_")
+    namespace = re.sub(r"\W", "_", __name__, flags=re.ASCII)  # folders may be called anything
     while any(hasattr(getattr(torch.ops, namespace), name) for name in operators):
         namespace += "_"
     for name, (schema, run, shapes) in operators.items():

@@ -295,7 +295,8 @@ if triton is not None:
         values = _load_rows(slot_value, start, S, slot_value_strides[2], KEYS, DIM, PADDED)
         grad_key = tl.zeros([KEYS, PADDED], tl.float32)
         grad_value = tl.zeros([KEYS, PADDED], tl.float32)
-        for head in range(group * SHARED, group * SHARED + SHARED):
+        for place in range(group * SHARED, group * SHARED + SHARED):
+            head = tl.cast(place, tl.int64)
             row = (batch * (tl.num_programs(1) * SHARED) + head) * N
             grad_key, grad_value = _sum_over_queries(
                 grad_key, grad_value, keys, values, seen_from, seen_until, at_first, at_stop,
@@ -467,7 +468,8 @@ if triton is not None:
         at_first, first_until = _token_seen_by(start, end_block, N, window, BLOCK, HAS_FIRST)
         last_from, at_stop = _token_seen_by(last, end_block, N, window, BLOCK, HAS_FIRST)
         at_first = at_first // QUERIES * QUERIES
-        for head in range(group * SHARED, group * SHARED + SHARED):
+        for place in range(group * SHARED, group * SHARED + SHARED):
+            head = tl.cast(place, tl.int64)
             row = (batch * (tl.num_programs(1) * SHARED) + head) * N
             key_sum, value_sum = _sum_over_queries(
                 key_sum, value_sum, keys, values, seen_from, seen_until, at_first, at_stop,

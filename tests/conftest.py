@@ -89,8 +89,7 @@ def interpreted_kernels():
 def kernels(request, monkeypatch):
     """``linpass.kernels_linformer``; without a CUDA device its kernels run in Triton's interpreter.
 
-    For this test alone: the interpreter takes a second for what PyTorch does in a millisecond, and with
-    ``TRITON_INTERPRET`` set for the whole run every model would go through it.
+    For this test alone: the interpreter takes a second for what PyTorch does in a millisecond.
     """
     if linpass.triton_linformer.triton is None:
         pytest.skip("needs Triton: make setup")
@@ -104,4 +103,5 @@ def kernels(request, monkeypatch):
                 monkeypatch.setattr(triton.language, name, InterpretedFunction(function.fn))
         interpreted = request.getfixturevalue("interpreted_kernels")
         monkeypatch.setattr(linpass.kernels_linformer, "kernels", interpreted)
+        monkeypatch.setattr(linpass.kernels_linformer, "INTERPRETED", True)
     return linpass.kernels_linformer

@@ -1,6 +1,7 @@
 """One saved folder opens (a) with linpass imported and (b) where linpass is not installed, with trust_remote_code."""
 
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -102,7 +103,8 @@ def test_opens_without_linpass(folder, tmp_path):
 
 
 def test_opens_without_linpass_and_triton(folder, tmp_path):
-    """As on macOS or Windows; the code in the folder takes its PyTorch path."""
+    """As on macOS or Windows; the code in the folder, whatever its name, takes its PyTorch path."""
+    folder = shutil.copytree(folder, tmp_path / "my model (1), é")
     output = run_without_linpass(
         """
         sys.modules["triton"] = None
