@@ -16,10 +16,15 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 import pytest  # noqa: E402  the variables above are read when huggingface_hub is imported
 import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 import linpass.kernels_linformer  # noqa: E402
 import linpass.triton_linformer  # noqa: E402
 from linpass import LinformerConfig  # noqa: E402
+
+# How long an example takes says more about what else the machine does than about the code.
+settings.register_profile("without deadlines", deadline=None)
+settings.load_profile("without deadlines")
 
 TINY = {
     "vocab_size": 50,
