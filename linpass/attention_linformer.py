@@ -244,11 +244,42 @@ def mix_blocks(states_BGND: Tensor, weight_XCPR: Tensor, block_BC: Tensor | None
 
 def mix_sequence(states_BGND: Tensor, weight_XNK: Tensor) -> Tensor:
     r"""K slots that mix a whole row, :math:`E^\top K` (paper, section 4), as [B, G, K, D]; padding is zero."""
-    tokens = states_BGND.shape[2]
-    stored = weight_XNK.shape[1]
-    if tokens > stored:  # columns past seq_length hold padding only
-        states_BGND, tokens = states_BGND[:, :, :stored], stored
-    return weight_XNK[None, :, :tokens].transpose(-1, -2) @ states_BGND
+    batch, groups, tokens, dim = states_BGND.shape
+    tokens = min(tokens, weight_XNK.shape[1])  # columns past seq_length hold padding only
+    states_BGND, weight_XKN = states_BGND[:, :, :tokens], weight_XNK[:, :tokens].transpose(1, 2)
+    # Products of matrices in which neither the weights nor, as far as it goes, the states are copied.
+    if len(weight_XNK) == 1:
+        states = states_BGND.transpose(1, 2).flatten(2)  # a view of what a projection of hidden states gives
+        mixed = torch.bmm(weight_XKN.expand(batch, -1, -1), states)
+        return mixed.unflatten(-1, (groups, dim)).transpose(1, 2)
+    states = states_BGND.permute(1, 2, 0, 3).flatten(2)  # rows of the batch side by side: a copy, unless it is one
+    return torch.bmm(weight_XKN, states).unflatten(-1, (batch, dim)).permute(2, 0, 1, 3)
+
+
+def attend_slots(
+    query_BHND: Tensor, slot_key_BGKD: Tensor, slot_value_BGKD: Tensor, count_B: Tensor | None = None
+) -> Tensor:
+    r"""Bidirectional attention: all queries of a row see all its slots, :math:`\mathrm{softmax}(QK'^\top/\sqrt D)V'`.
+
+    Source: Wang et al. 2020, section 4, after the mixing.
+
+    Args:
+        count_B: integers; row b sees its first ``count_B[b]`` slots, 1 to K. None: all.
+
+    Returns: [B, H, N, D] in the dtype of the queries.
+    Invariants: slots behind the count change nothing and have a gradient of zero.
+    """
+    per_group = query_BHND.shape[1] // slot_key_BGKD.shape[1]
+    if per_group > 1:  # copies of k slots
+        slot_key_BGKD = slot_key_BGKD.repeat_interleave(per_group, 1)
+        slot_value_BGKD = slot_value_BGKD.repeat_interleave(per_group, 1)
+    visible = None if count_B is None else held_slots(count_B, slot_key_BGKD.shape[2])
+    return F.scaled_dot_product_attention(query_BHND, slot_key_BGKD, slot_value_BGKD, attn_mask=visible)
+
+
+def held_slots(count_B: Tensor, slots: int) -> Tensor:
+    """The mask of :func:`attend_slots`, [B, 1, 1, slots]."""
+    return (torch.arange(slots, device=count_B.device) < count_B[:, None])[:, None, None]
 
 
 def attend_visible(

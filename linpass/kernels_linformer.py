@@ -1,4 +1,4 @@
-r"""Causal Linformer attention as fused Triton kernels: functions of ``attention_linformer``, same names and signatures.
+r"""Linformer attention as fused Triton kernels: functions of ``attention_linformer``, same names and signatures.
 
 Every query sees a range of slot rows and a range of token rows, and both ranges move on with the query; so one loop
 over tiles, first of slots, then of tokens, with one running softmax (Milakov and Gimelshein 2018; Dao 2023,
@@ -10,6 +10,8 @@ summed by one program in a fixed order: no atomics, two runs give the same bits.
 3. gradient of the tokens: their window, and what flows back through the mixing, with the gradients of E and F,
 
 and 7 products of matrices where FlashAttention-2, which adds the gradients of queries with atomics, needs 5.
+
+Bidirectional attention is the same kernels with the range of slots alone, which is that of all queries.
 
 Without Triton or CUDA, for float64, and for the rare calls named in :func:`_fits` the functions are those of
 ``attention_linformer``, which is also the oracle of the tests. Shape suffixes as there.
@@ -37,6 +39,8 @@ LARGEST_GRID = 65535
 ROOMY = 160 * 1024
 # Tensors on the CPU go through the kernels: for tests, which load these for Triton's interpreter.
 INTERPRETED = False
+# Of attention to slots alone.
+NO_BLOCKS = BlockLayout(block_size=1, window_size=0, slots_per_block=1, visible_blocks=0)
 
 
 class Tile(NamedTuple):
@@ -97,6 +101,20 @@ def mix_and_attend(
         weights = weights[0], weights[1].view_as(weights[1])
     cos, sin = (None, None) if slot_angles is None else slot_angles
     return _MixAndAttend.apply(query, near, value, mixed, *weights, cos, sin, block_BC, first_block_BC, list(layout))
+
+
+def attend_slots(
+    query_BHND: Tensor, slot_key_BGKD: Tensor, slot_value_BGKD: Tensor, count_B: Tensor | None = None
+) -> Tensor:
+    """:func:`attention_linformer.attend_slots`, fused where :func:`_fits`.
+
+    Cost: time O(B·H·N·K·D); memory O(B·H·N·D), nothing of it for scores.
+    Invariants: as there; two runs give the same bits, forward and backward.
+    """
+    tensors = _one_dtype(query_BHND, slot_key_BGKD, slot_value_BGKD)
+    if not _fits(tensors, NO_BLOCKS) or not slot_key_BGKD.shape[2]:
+        return plain.attend_slots(*tensors, count_B)
+    return _AttendSlots.apply(*tensors, count_B)
 
 
 def _fits(tensors: tuple[Tensor, ...], layout: BlockLayout) -> bool:
@@ -164,12 +182,24 @@ TILES = {
     ("slot", 256): Tile(32, 32, 4, 2),
     ("token", 256): Tile(32, 32, 4, 2),
 }
+# Of bidirectional attention: no window, so wide tiles waste nothing.
+ENCODER_TILES = {
+    ("forward", 64): Tile(128, 64, 8, 3),
+    ("query", 64): Tile(128, 64, 8, 2),
+    ("slot", 64): Tile(64, 128, 8, 2),
+    ("forward", 128): Tile(128, 64, 8, 2),
+    ("query", 128): Tile(64, 64, 8, 2),
+    ("slot", 128): Tile(32, 64, 4, 2),
+    ("forward", 256): Tile(64, 32, 8, 2),
+    ("query", 256): Tile(32, 32, 8, 2),
+    ("slot", 256): Tile(32, 32, 8, 2),
+}
 
 
-def _tile(kernel: str, padded: int, itemsize: int) -> Tile:
+def _tile(kernel: str, padded: int, itemsize: int, causal: bool = True) -> Tile:
     if itemsize == 4:  # products on the ordinary units, operands twice as large
         return Tile(32, 32, 4, 1) if padded <= 128 else Tile(16, 32, 4, 1)
-    return TILES[kernel, max(64, padded)]
+    return (TILES if causal else ENCODER_TILES)[kernel, max(64, padded)]
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -186,9 +216,9 @@ def _padded(dim: int) -> int:
     return max(16, _power_of_two(dim))
 
 
-def _unit_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
+def _unit_rows(*tensors: Tensor | None) -> tuple[Any, ...]:
     """With features next to each other in memory; every other stride is free."""
-    return tuple([tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors])
+    return tuple([t if t is None or t.stride(-1) == 1 else t.contiguous() for t in tensors])
 
 
 def _like_tokens(states_BHND: Tensor) -> Tensor:
@@ -320,22 +350,39 @@ def _sum_parts(part_2BGCPR: Tensor, weight_XCPR: Tensor, number_BC: Tensor | Non
     return grad.reshape(2, *weight_XCPR.shape).to(weight_XCPR.dtype)
 
 
-def _forward(query, key, value, slot_key, slot_value, first_block, layout):
-    layout = BlockLayout(*layout)
+class _AttendSlots(torch.autograd.Function):
+    """Keeps the inputs, the output and one number a query."""
+
+    @staticmethod
+    def forward(ctx: Any, query, slot_key, slot_value, count):
+        output, logsumexp = attend_slots_op(query, slot_key, slot_value, count)
+        ctx.save_for_backward(query, slot_key, slot_value, count, output, logsumexp)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad):
+        grad_query, grad_slots = attend_slots_backward_op(grad, *ctx.saved_tensors)
+        return grad_query, *grad_slots.transpose(2, 3).unbind(), None
+
+
+def _forward(query, key, value, slot_key, slot_value, first_block, layout, count=None):
+    """Output and log2 of the softmax's denominators; without keys for queries that see all slots, or ``count``."""
+    layout, causal = BlockLayout(*layout), key is not None
     query, key, value, slot_key, slot_value = _unit_rows(query, key, value, slot_key, slot_value)
     batch, heads, tokens, dim = query.shape
-    groups = key.shape[1]
+    groups, slots = slot_key.shape[1:3]
     first_block = None if first_block is None else first_block.expand(batch, -1).contiguous()
     output = _like_tokens(query)
     logsumexp = query.new_empty(batch, heads, tokens, dtype=torch.float32)
-    tile = _tile("forward", _padded(dim), query.element_size())
+    tile = _tile("forward", _padded(dim), query.element_size(), causal)
     _launch(
         kernels.forward_kernel, (-(-tokens // tile.queries), heads, batch), tile,
-        (query, key, value, slot_key, slot_value, output, logsumexp, first_block),
+        (query, key, value, slot_key, slot_value, output, logsumexp, first_block, count),
         (
             *map(_strides, (query, key, value, slot_key, slot_value, output)), _strides(first_block)[0],
-            tokens, slot_key.shape[2], layout.window_size, layout.visible_blocks, layout.past_tokens,
+            tokens, slots, layout.window_size, layout.visible_blocks, layout.past_tokens,
             layout.past_blocks, dim**-0.5,
+            causal, count is not None, not causal and count is None and slots % tile.keys == 0,
             heads // groups, layout.block_size, max(layout.slots_per_block, 1), first_block is not None,
             dim, _padded(dim), _precision(query.dtype), tile.queries, tile.keys,
         ),
@@ -347,20 +394,24 @@ def _forward_shapes(query, key, value, slot_key, slot_value, first_block, layout
     return _like_tokens(query), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
-def _query_and_slot_gradients(grad, query, key, value, slot_key, slot_value, first_block, output, logsumexp, layout):
+def _query_and_slot_gradients(
+    grad, query, key, value, slot_key, slot_value, first_block, output, logsumexp, layout, count=None
+):
     """Gradient of the queries, delta, gradients of the slots [2, B, G, S, D], end_block."""
+    causal = key is not None
     batch, heads, tokens, dim = query.shape
-    groups, slots = key.shape[1], slot_key.shape[2]
+    groups, slots = slot_key.shape[1:3]
     padded, precision = _padded(dim), _precision(query.dtype)
     first_block = None if first_block is None else first_block.expand(batch, -1).contiguous()
     grad_query, delta = _like_tokens(query), torch.empty_like(logsumexp)
-    tile = _tile("query", padded, query.element_size())
+    tile = _tile("query", padded, query.element_size(), causal)
     _launch(
         kernels.query_gradient_kernel, (-(-tokens // tile.queries), heads, batch), tile,
-        (query, key, value, slot_key, slot_value, output, logsumexp, first_block, grad, grad_query, delta),
+        (query, key, value, slot_key, slot_value, output, logsumexp, first_block, count, grad, grad_query, delta),
         (
             *map(_strides, (query, key, value, slot_key, slot_value, output, grad)), _strides(first_block)[0],
             tokens, slots, layout.window_size, layout.visible_blocks, dim**-0.5,
+            causal, count is not None, not causal and count is None and slots % tile.keys == 0,
             heads // groups, layout.block_size, max(layout.slots_per_block, 1), first_block is not None,
             dim, padded, precision, tile.queries, tile.keys,
         ),
@@ -368,17 +419,20 @@ def _query_and_slot_gradients(grad, query, key, value, slot_key, slot_value, fir
     end_block = _end_block(first_block, -(-tokens // layout.block_size))
     if not slots:
         return grad_query, delta, query.new_empty(2, batch, groups, 0, dim), end_block
-    tile = _tile("slot", padded, query.element_size())
+    tile = _tile("slot", padded, query.element_size(), causal)
     tiles = -(-slots // tile.keys)
     parts = _fold_parts(tiles * batch * groups, tokens)
     dtype = query.dtype if parts == 1 else torch.float32
-    grad_slots = query.new_empty(parts, 2, batch, groups, slots, dim, dtype=dtype)
+    if causal:
+        grad_slots = query.new_empty(parts, 2, batch, groups, slots, dim, dtype=dtype)
+    else:  # as the mixing wants them
+        grad_slots = query.new_empty(parts, 2, batch, slots, groups, dim, dtype=dtype).transpose(3, 4)
     _launch(
         kernels.slot_gradient_kernel, (parts * tiles, groups, batch), tile,
-        (query, slot_key, slot_value, logsumexp, delta, end_block, grad, grad_slots),
+        (query, slot_key, slot_value, logsumexp, delta, end_block, count, grad, grad_slots),
         (
             *map(_strides, (query, slot_key, slot_value, grad)), _strides(grad_slots), _strides(end_block)[0],
-            parts, tokens, slots, layout.visible_blocks, dim**-0.5,
+            parts, tokens, slots, layout.visible_blocks, dim**-0.5, causal, count is not None,
             heads // groups, layout.block_size, layout.slots_per_block, end_block is not None,
             dim, padded, precision, tile.queries, tile.keys,
         ),
@@ -443,6 +497,30 @@ def _backward(grad, query, key, value, slot_key, slot_value, first_block, output
 def _backward_shapes(grad, query, key, value, slot_key, slot_value, first_block, output, logsumexp, layout):
     slots = [torch.empty_like(states, memory_format=torch.contiguous_format) for states in (slot_key, slot_value)]
     return *(_like_tokens(states) for states in (query, key, value)), *slots
+
+
+def _slots_forward(query, slot_key, slot_value, count):
+    count = None if count is None else count.expand(len(query)).contiguous()
+    return _forward(query, None, None, slot_key, slot_value, None, NO_BLOCKS, count)
+
+
+def _slots_forward_shapes(query, slot_key, slot_value, count):
+    return _like_tokens(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+def _slots_backward(grad, query, slot_key, slot_value, count, output, logsumexp):
+    """Gradients of the queries, and of slot keys and values as [2, B, K, G, D]."""
+    count = None if count is None else count.expand(len(query)).contiguous()
+    grad, query, slot_key, slot_value = _unit_rows(grad, query, slot_key, slot_value)
+    grad_query, _, grad_slots, _ = _query_and_slot_gradients(
+        grad, query, None, None, slot_key, slot_value, None, output, logsumexp, NO_BLOCKS, count
+    )
+    return grad_query, grad_slots.to(query.dtype).transpose(2, 3).contiguous()
+
+
+def _slots_backward_shapes(grad, query, slot_key, slot_value, count, output, logsumexp):
+    batch, groups, slots, dim = slot_key.shape
+    return _like_tokens(query), query.new_empty(2, batch, slots, groups, dim)
 
 
 def _mix(key, value, key_weight, value_weight, cos, sin, number, layout):
@@ -559,7 +637,14 @@ def _operators(**operators: tuple[str, Any, Any]) -> list[Any]:
 
 _SEEN = "Tensor query, Tensor key, Tensor value, Tensor slot_key, Tensor slot_value, Tensor? first_block"
 _WEIGHTS = "Tensor key_weight, Tensor value_weight, Tensor? cos, Tensor? sin, Tensor? number"
-attend_op, attend_backward_op, mix_and_attend_op, mix_and_attend_backward_op = _operators(
+(
+    attend_op,
+    attend_backward_op,
+    mix_and_attend_op,
+    mix_and_attend_backward_op,
+    attend_slots_op,
+    attend_slots_backward_op,
+) = _operators(
     attend=(f"({_SEEN}, int[] layout) -> (Tensor, Tensor)", _forward, _forward_shapes),
     attend_backward=(
         f"(Tensor grad, {_SEEN}, Tensor output, Tensor logsumexp, int[] layout)"
@@ -578,5 +663,16 @@ attend_op, attend_backward_op, mix_and_attend_op, mix_and_attend_backward_op = _
         " bool needs_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         _mixed_backward,
         _mixed_backward_shapes,
+    ),
+    attend_slots=(
+        "(Tensor query, Tensor slot_key, Tensor slot_value, Tensor? count) -> (Tensor, Tensor)",
+        _slots_forward,
+        _slots_forward_shapes,
+    ),
+    attend_slots_backward=(
+        "(Tensor grad, Tensor query, Tensor slot_key, Tensor slot_value, Tensor? count, Tensor output,"
+        " Tensor logsumexp) -> (Tensor, Tensor)",
+        _slots_backward,
+        _slots_backward_shapes,
     ),
 )

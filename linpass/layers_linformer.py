@@ -18,6 +18,7 @@ from .attention_linformer import (
     attend_blocks_reference,
     attend_visible,
     exact,
+    held_slots,
     mix_blocks,
     mix_sequence,
     pooling_weight,
@@ -28,7 +29,7 @@ from .attention_linformer import (
 )
 from .cache_linformer import LinformerCache, LinformerCacheLayer
 from .configuration_linformer import LinformerConfig
-from .kernels_linformer import attend_blocks, mix_and_attend
+from .kernels_linformer import attend_blocks, attend_slots, mix_and_attend
 
 
 class LowRankLinear(nn.Module):
@@ -205,22 +206,22 @@ class LinformerAttention(nn.Module):
     def _attend_both_ways(self, query, key, value, weights, grid, angles):
         """Section 4 of the paper: all queries, k slots that mix the whole row; k = 0 is full attention."""
         if not self.k:
-            keys, values = key if angles is None else rotate(key, angles), value
+            keys = key if angles is None else rotate(key, angles)
             visible = None if grid.keep_BN is None else grid.keep_BN[:, None, None]
-        elif self.config.projection == "learned":
+            if visible is not None:  # a row without tokens looks at column 0: its output is meaningless, not NaN
+                visible = visible | (torch.arange(visible.shape[-1], device=visible.device) == 0)
+            return self._through_interface(query, keys, value, visible, grid, is_causal=False)
+        if self.config.projection == "learned":
             key_weight, value_weight = weights
-            keys, values = mix_sequence(key, key_weight[:, 0]), mix_sequence(value, value_weight[:, 0])
-            visible = None
-            if angles is not None:
-                keys = self._rotate_slots(keys, sequence_centres(self.config.seq_length, self.k, key.device))
+            keys, values, count = mix_sequence(key, key_weight[:, 0]), mix_sequence(value, value_weight[:, 0]), None
+            centres = None if angles is None else sequence_centres(self.config.seq_length, self.k, key.device)
         else:
-            keys, values, visible = self._mix_strides(key, value, weights, grid)
-            if angles is not None:
-                keys = self._rotate_slots(
-                    keys, slot_centres(torch.arange(keys.shape[2], device=key.device), self._stride, 1)
-                )
-        if visible is not None:  # a row without tokens looks at slot 0: its output is meaningless, not NaN
-            visible = visible | (torch.arange(visible.shape[-1], device=visible.device) == 0)
+            keys, values, count = self._mix_strides(key, value, weights, grid)
+            centres = slot_centres(torch.arange(keys.shape[2], device=key.device), self._stride, 1)
+        keys = keys if angles is None else self._rotate_slots(keys, centres)
+        if self.config._attn_implementation == "sdpa":
+            return attend_slots(query, keys, values, count), None
+        visible = None if count is None else held_slots(count, keys.shape[2])
         return self._through_interface(query, keys, values, visible, grid, is_causal=False)
 
     @property
@@ -229,7 +230,11 @@ class LinformerAttention(nn.Module):
         return self.config.seq_length // self.k
 
     def _mix_strides(self, key, value, weights, grid):
-        """Bidirectional convolution or pooling: slot i mixes tokens i * stride to (i + 1) * stride - 1."""
+        """Bidirectional convolution or pooling: slot i mixes tokens i * stride to (i + 1) * stride - 1.
+
+        Returns: slots of keys and of values, and how many of them hold a token in each row, None where all do; a row
+        without tokens keeps slot 0: its output is meaningless, not NaN.
+        """
         stride = self._stride
         slots = min(-(-grid.columns // stride), self.k)  # columns past seq_length hold padding only
         missing = (0, 0, 0, slots * stride - min(grid.columns, slots * stride))
@@ -243,7 +248,7 @@ class LinformerAttention(nn.Module):
         held = (total - first).clamp(0, stride).expand(1 if grid.total_B is None else len(key), slots)
         if self.config.projection == "pooling":  # a slot that is partly filled is the mean of what it holds
             mixed = [states * (stride / held.clamp(min=1).to(states.dtype))[:, None, :, None] for states in mixed]
-        return *mixed, (held > 0)[:, None, None]
+        return *mixed, None if grid.total_B is None else (held > 0).sum(-1).clamp(min=1)
 
     def _attend_before(self, query, key, value, weights, grid, angles, cache):
         """Causal: tokens of this call, after those in the cache, if any."""

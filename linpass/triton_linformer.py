@@ -1,8 +1,11 @@
-"""The Triton kernels of causal Linformer attention; ``kernels_linformer`` tells what they compute together.
+"""The Triton kernels of Linformer attention; ``kernels_linformer`` tells what they compute together.
 
 N tokens and S slots of a row. Constants: SHARED query heads a group, BLOCK tokens and SLOTS slots a block, DIM
 features, PADDED to a power of two, QUERIES and KEYS rows of a tile. Strides are (batch, head, row); rows are
 contiguous. A grid is (tiles, heads or groups, batch). Scores are kept in units of log 2: exp2 is an instruction.
+
+CAUSAL: queries see slots of complete blocks and a window of tokens. Not CAUSAL: all queries see the slots of their row,
+COUNTED, the first ``count`` of them, and no tokens; WHOLE, the slots that they see fill all tiles.
 """
 
 try:
@@ -91,11 +94,20 @@ if triton is not None:
         many = tl.where(of_slots, slot_stop - slot_start, token_stop - token_start)[:, None]
         return ahead.to(tl.uint32) < many.to(tl.uint32)
 
+    @triton.jit
+    def _held(count, S, batch, COUNTED: tl.constexpr):
+        """Slots that the queries of a row see where they are not CAUSAL."""
+        if COUNTED:
+            return tl.minimum(tl.load(count + batch).to(tl.int32), S)
+        else:
+            return S
+
     @kernel
     def forward_kernel(
-        query, key, value, slot_key, slot_value, output, logsumexp, first_block,
+        query, key, value, slot_key, slot_value, output, logsumexp, first_block, count,
         query_strides, key_strides, value_strides, slot_key_strides, slot_value_strides, output_strides, first_stride,
         N, S, window, view, past_tokens, past_blocks, scale,
+        CAUSAL: tl.constexpr, COUNTED: tl.constexpr, WHOLE: tl.constexpr,
         SHARED: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, HAS_FIRST: tl.constexpr,
         DIM: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     ):
@@ -108,43 +120,60 @@ if triton is not None:
         batch = tl.cast(tl.num_programs(2) - 1 - tl.program_id(2), tl.int64)
         if HAS_FIRST:
             first_block += batch * first_stride
-        key += batch * key_strides[0] + group * key_strides[1]
-        value += batch * value_strides[0] + group * value_strides[1]
+        if CAUSAL:
+            key += batch * key_strides[0] + group * key_strides[1]
+            value += batch * value_strides[0] + group * value_strides[1]
         slot_key += batch * slot_key_strides[0] + group * slot_key_strides[1]
         slot_value += batch * slot_value_strides[0] + group * slot_value_strides[1]
         column = start + tl.arange(0, QUERIES)
-        slot_start, slot_stop, token_start, token_stop = _seen(
-            tl.minimum(column, N - 1), first_block, S, window, view, past_tokens, past_blocks,
-            BLOCK, SLOTS, HAS_FIRST)
-        slots_from, slots_full_until, tokens_from, tokens_full_until = _seen(
-            start, first_block, S, window, view, past_tokens, past_blocks, BLOCK, SLOTS, HAS_FIRST)
-        slots_full_from, slots_until, tokens_full_from, tokens_until = _seen(
-            tl.minimum(start + QUERIES, N) - 1, first_block, S, window, view, past_tokens, past_blocks,
-            BLOCK, SLOTS, HAS_FIRST)
-        slot_tiles = tl.cdiv(tl.maximum(slots_until - slots_from, 0), KEYS)
-        token_tiles = tl.cdiv(tokens_until - tokens_from, KEYS)
+        if CAUSAL:
+            slot_start, slot_stop, token_start, token_stop = _seen(
+                tl.minimum(column, N - 1), first_block, S, window, view, past_tokens, past_blocks,
+                BLOCK, SLOTS, HAS_FIRST)
+            slots_from, slots_full_until, tokens_from, tokens_full_until = _seen(
+                start, first_block, S, window, view, past_tokens, past_blocks, BLOCK, SLOTS, HAS_FIRST)
+            slots_full_from, slots_until, tokens_full_from, tokens_until = _seen(
+                tl.minimum(start + QUERIES, N) - 1, first_block, S, window, view, past_tokens, past_blocks,
+                BLOCK, SLOTS, HAS_FIRST)
+            slot_tiles = tl.cdiv(tl.maximum(slots_until - slots_from, 0), KEYS)
+            tiles = slot_tiles + tl.cdiv(tokens_until - tokens_from, KEYS)
+        else:
+            held = _held(count, S, batch, COUNTED)
+            tiles = tl.cdiv(held, KEYS)
 
         query += batch * query_strides[0] + head * query_strides[1]
         queries = _load_rows(query, start, N, query_strides[2], QUERIES, DIM, PADDED)
         highest = tl.full([QUERIES], float("-inf"), tl.float32)
         total = tl.zeros([QUERIES], tl.float32)
         summed = tl.zeros([QUERIES, PADDED], tl.float32)
-        for tile in range(slot_tiles + token_tiles):
-            of_slots = tile < slot_tiles
-            at = tl.where(of_slots, slots_from + tile * KEYS, tokens_from + (tile - slot_tiles) * KEYS)
-            until = tl.where(of_slots, slots_until, tokens_until)
-            keys = _load_either(
-                of_slots, slot_key, key, slot_key_strides[2], key_strides[2], at, until, KEYS, DIM, PADDED)
-            values = _load_either(
-                of_slots, slot_value, value, slot_value_strides[2], value_strides[2], at, until,
-                KEYS, DIM, PADDED)
+        for tile in range(tiles):
+            if CAUSAL:
+                of_slots = tile < slot_tiles
+                at = tl.where(of_slots, slots_from + tile * KEYS, tokens_from + (tile - slot_tiles) * KEYS)
+                until = tl.where(of_slots, slots_until, tokens_until)
+                keys = _load_either(
+                    of_slots, slot_key, key, slot_key_strides[2], key_strides[2], at, until, KEYS, DIM, PADDED)
+                values = _load_either(
+                    of_slots, slot_value, value, slot_value_strides[2], value_strides[2], at, until,
+                    KEYS, DIM, PADDED)
+            else:
+                at = tile * KEYS
+                keys = _load_rows(slot_key, at, held, slot_key_strides[2], KEYS, DIM, PADDED)
+                values = _load_rows(slot_value, at, held, slot_value_strides[2], KEYS, DIM, PADDED)
             scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-            partly = at < tl.where(of_slots, slots_full_from, tokens_full_from)
-            if partly | (at + KEYS > tl.where(of_slots, slots_full_until, tokens_full_until)):
-                visible = _visible(of_slots, at, slot_start, slot_stop, token_start, token_stop, KEYS)
-                scores = tl.where(visible, scores, float("-inf"))
+            if CAUSAL:
+                partly = at < tl.where(of_slots, slots_full_from, tokens_full_from)
+                if partly | (at + KEYS > tl.where(of_slots, slots_full_until, tokens_full_until)):
+                    visible = _visible(of_slots, at, slot_start, slot_stop, token_start, token_stop, KEYS)
+                    scores = tl.where(visible, scores, float("-inf"))
+            elif not WHOLE:  # noqa: SIM102  known when the kernel is compiled
+                if at + KEYS > held:
+                    scores = tl.where((at + tl.arange(0, KEYS) < held)[None, :], scores, float("-inf"))
             higher = tl.maximum(highest, tl.max(scores, 1) * (scale * LOG2_E))
-            reference = tl.where(higher == float("-inf"), 0.0, higher)  # a query may see nothing of a tile
+            if CAUSAL:
+                reference = tl.where(higher == float("-inf"), 0.0, higher)  # a query may see nothing of a tile
+            else:
+                reference = higher
             probabilities = tl.exp2(scores * (scale * LOG2_E) - reference[:, None])
             shrink = tl.exp2(highest - reference)
             total = total * shrink + tl.sum(probabilities, 1)
@@ -159,9 +188,10 @@ if triton is not None:
 
     @kernel
     def query_gradient_kernel(
-        query, key, value, slot_key, slot_value, output, logsumexp, first_block, grad, grad_query, delta,
+        query, key, value, slot_key, slot_value, output, logsumexp, first_block, count, grad, grad_query, delta,
         query_strides, key_strides, value_strides, slot_key_strides, slot_value_strides, output_strides, grad_strides,
         first_stride, N, S, window, view, scale,
+        CAUSAL: tl.constexpr, COUNTED: tl.constexpr, WHOLE: tl.constexpr,
         SHARED: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, HAS_FIRST: tl.constexpr,
         DIM: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     ):
@@ -172,19 +202,24 @@ if triton is not None:
         batch = tl.cast(tl.program_id(2), tl.int64)
         if HAS_FIRST:
             first_block += batch * first_stride
-        key += batch * key_strides[0] + group * key_strides[1]
-        value += batch * value_strides[0] + group * value_strides[1]
+        if CAUSAL:
+            key += batch * key_strides[0] + group * key_strides[1]
+            value += batch * value_strides[0] + group * value_strides[1]
         slot_key += batch * slot_key_strides[0] + group * slot_key_strides[1]
         slot_value += batch * slot_value_strides[0] + group * slot_value_strides[1]
         column = start + tl.arange(0, QUERIES)
-        slot_start, slot_stop, token_start, token_stop = _seen(
-            tl.minimum(column, N - 1), first_block, S, window, view, 0, 0, BLOCK, SLOTS, HAS_FIRST)
-        slots_from, _, tokens_from, _ = _seen(
-            start, first_block, S, window, view, 0, 0, BLOCK, SLOTS, HAS_FIRST)
-        _, slots_until, _, tokens_until = _seen(
-            tl.minimum(start + QUERIES, N) - 1, first_block, S, window, view, 0, 0, BLOCK, SLOTS, HAS_FIRST)
-        slot_tiles = tl.cdiv(tl.maximum(slots_until - slots_from, 0), KEYS)
-        token_tiles = tl.cdiv(tokens_until - tokens_from, KEYS)
+        if CAUSAL:
+            slot_start, slot_stop, token_start, token_stop = _seen(
+                tl.minimum(column, N - 1), first_block, S, window, view, 0, 0, BLOCK, SLOTS, HAS_FIRST)
+            slots_from, _, tokens_from, _ = _seen(
+                start, first_block, S, window, view, 0, 0, BLOCK, SLOTS, HAS_FIRST)
+            _, slots_until, _, tokens_until = _seen(
+                tl.minimum(start + QUERIES, N) - 1, first_block, S, window, view, 0, 0, BLOCK, SLOTS, HAS_FIRST)
+            slot_tiles = tl.cdiv(tl.maximum(slots_until - slots_from, 0), KEYS)
+            tiles = slot_tiles + tl.cdiv(tokens_until - tokens_from, KEYS)
+        else:
+            held = _held(count, S, batch, COUNTED)
+            tiles = tl.cdiv(held, KEYS)
 
         query += batch * query_strides[0] + head * query_strides[1]
         output += batch * output_strides[0] + head * output_strides[1]
@@ -198,20 +233,28 @@ if triton is not None:
         tl.store(delta + at_row, row_sums, mask=column < N)
         log_total = tl.load(logsumexp + at_row, mask=column < N, other=0.0)
         summed = tl.zeros([QUERIES, PADDED], tl.float32)
-        for tile in range(slot_tiles + token_tiles):
-            of_slots = tile < slot_tiles
-            at = tl.where(of_slots, slots_from + tile * KEYS, tokens_from + (tile - slot_tiles) * KEYS)
-            until = tl.where(of_slots, slots_until, tokens_until)
-            keys = _load_either(
-                of_slots, slot_key, key, slot_key_strides[2], key_strides[2], at, until, KEYS, DIM, PADDED)
-            values = _load_either(
-                of_slots, slot_value, value, slot_value_strides[2], value_strides[2], at, until,
-                KEYS, DIM, PADDED)
+        for tile in range(tiles):
+            if CAUSAL:
+                of_slots = tile < slot_tiles
+                at = tl.where(of_slots, slots_from + tile * KEYS, tokens_from + (tile - slot_tiles) * KEYS)
+                until = tl.where(of_slots, slots_until, tokens_until)
+                keys = _load_either(
+                    of_slots, slot_key, key, slot_key_strides[2], key_strides[2], at, until, KEYS, DIM, PADDED)
+                values = _load_either(
+                    of_slots, slot_value, value, slot_value_strides[2], value_strides[2], at, until,
+                    KEYS, DIM, PADDED)
+            else:
+                at = tile * KEYS
+                keys = _load_rows(slot_key, at, held, slot_key_strides[2], KEYS, DIM, PADDED)
+                values = _load_rows(slot_value, at, held, slot_value_strides[2], KEYS, DIM, PADDED)
             scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
             grad_probabilities = tl.dot(gradients, tl.trans(values), input_precision=PRECISION)
             probabilities = tl.exp2(scores * (scale * LOG2_E) - log_total[:, None])
-            visible = _visible(of_slots, at, slot_start, slot_stop, token_start, token_stop, KEYS)
-            probabilities = tl.where(visible, probabilities, 0.0)
+            if CAUSAL:
+                visible = _visible(of_slots, at, slot_start, slot_stop, token_start, token_stop, KEYS)
+                probabilities = tl.where(visible, probabilities, 0.0)
+            elif not WHOLE:
+                probabilities = tl.where((at + tl.arange(0, KEYS) < held)[None, :], probabilities, 0.0)
             grad_scores = probabilities * (grad_probabilities - row_sums[:, None])
             summed = tl.dot(grad_scores.to(keys.dtype), keys, summed, input_precision=PRECISION)
         _store_rows(grad_query, start, N, output_strides[2], summed * scale, QUERIES, DIM, PADDED)
@@ -220,11 +263,12 @@ if triton is not None:
     def _sum_over_queries(
         grad_key, grad_value, keys, values, seen_from, seen_until, at_first, at_stop,
         query, grad, logsumexp, delta, query_stride, grad_stride, N, scale,
-        DIM: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr, QUERIES: tl.constexpr,
+        CAUSAL: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr, QUERIES: tl.constexpr,
     ):
         """Adds what the queries in columns [at_first, at_stop) of a head give to the gradients of keys and values.
 
-        Key i is seen by the columns [seen_from[i], seen_until[i]); ``at_first`` is a multiple of QUERIES.
+        Key i is seen by the columns [seen_from[i], seen_until[i]), or, not CAUSAL, by all. ``at_first`` is a multiple
+        of QUERIES. Columns from N on give nothing, without a mask: their gradients and row sums are zero.
         """
         for at in range(at_first, at_stop, QUERIES):
             queries = _load_rows(query, at, N, query_stride, QUERIES, DIM, PADDED)
@@ -235,9 +279,10 @@ if triton is not None:
             scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)
             grad_probabilities = tl.dot(values, tl.trans(gradients), input_precision=PRECISION)
             probabilities = tl.exp2(scores * (scale * LOG2_E) - log_total[None, :])
-            ahead = (column[None, :] - seen_from[:, None]).to(tl.uint32)
-            visible = ahead < tl.maximum(seen_until - seen_from, 0).to(tl.uint32)[:, None]
-            probabilities = tl.where(visible, probabilities, 0.0)
+            if CAUSAL:
+                ahead = (column[None, :] - seen_from[:, None]).to(tl.uint32)
+                visible = ahead < tl.maximum(seen_until - seen_from, 0).to(tl.uint32)[:, None]
+                probabilities = tl.where(visible, probabilities, 0.0)
             grad_value = tl.dot(probabilities.to(gradients.dtype), gradients, grad_value, input_precision=PRECISION)
             grad_scores = probabilities * (grad_probabilities - row_sums[None, :])
             grad_key = tl.dot(grad_scores.to(queries.dtype), queries, grad_key, input_precision=PRECISION)
@@ -266,9 +311,10 @@ if triton is not None:
 
     @kernel
     def slot_gradient_kernel(
-        query, slot_key, slot_value, logsumexp, delta, end_block, grad, grad_slots,
+        query, slot_key, slot_value, logsumexp, delta, end_block, count, grad, grad_slots,
         query_strides, slot_key_strides, slot_value_strides, grad_strides, grad_slot_strides, end_stride,
         parts, N, S, view, scale,
+        CAUSAL: tl.constexpr, COUNTED: tl.constexpr,
         SHARED: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, HAS_FIRST: tl.constexpr,
         DIM: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     ):
@@ -279,20 +325,26 @@ if triton is not None:
         batch = tl.cast(tl.num_programs(2) - 1 - tl.program_id(2), tl.int64)
         if HAS_FIRST:
             end_block += batch * end_stride
-        last = tl.minimum(start + KEYS, S) - 1
-        seen_from, seen_until = _slot_seen_by(
-            start + tl.arange(0, KEYS), end_block, N, S, view, BLOCK, SLOTS, HAS_FIRST)
-        at_first, _ = _slot_seen_by(start, end_block, N, S, view, BLOCK, SLOTS, HAS_FIRST)
-        _, at_stop = _slot_seen_by(last, end_block, N, S, view, BLOCK, SLOTS, HAS_FIRST)
-        at_first = at_first // QUERIES * QUERIES
+        if CAUSAL:
+            held = S
+            last = tl.minimum(start + KEYS, S) - 1
+            seen_from, seen_until = _slot_seen_by(
+                start + tl.arange(0, KEYS), end_block, N, S, view, BLOCK, SLOTS, HAS_FIRST)
+            at_first, _ = _slot_seen_by(start, end_block, N, S, view, BLOCK, SLOTS, HAS_FIRST)
+            _, at_stop = _slot_seen_by(last, end_block, N, S, view, BLOCK, SLOTS, HAS_FIRST)
+            at_first = at_first // QUERIES * QUERIES
+        else:
+            held = _held(count, S, batch, COUNTED)
+            seen_from, seen_until, at_first = None, None, 0
+            at_stop = tl.where(start < held, N, 0)
         length = tl.cdiv(tl.cdiv(tl.maximum(at_stop - at_first, 0), QUERIES), parts) * QUERIES
         at_first += part * length
         at_stop = tl.minimum(at_first + length, at_stop)
 
         slot_key += batch * slot_key_strides[0] + group * slot_key_strides[1]
         slot_value += batch * slot_value_strides[0] + group * slot_value_strides[1]
-        keys = _load_rows(slot_key, start, S, slot_key_strides[2], KEYS, DIM, PADDED)
-        values = _load_rows(slot_value, start, S, slot_value_strides[2], KEYS, DIM, PADDED)
+        keys = _load_rows(slot_key, start, held, slot_key_strides[2], KEYS, DIM, PADDED)
+        values = _load_rows(slot_value, start, held, slot_value_strides[2], KEYS, DIM, PADDED)
         grad_key = tl.zeros([KEYS, PADDED], tl.float32)
         grad_value = tl.zeros([KEYS, PADDED], tl.float32)
         for place in range(group * SHARED, group * SHARED + SHARED):
@@ -303,11 +355,15 @@ if triton is not None:
                 query + batch * query_strides[0] + head * query_strides[1],
                 grad + batch * grad_strides[0] + head * grad_strides[1],
                 logsumexp + row, delta + row, query_strides[2], grad_strides[2], N, scale,
-                DIM, PADDED, PRECISION, QUERIES)
+                CAUSAL, DIM, PADDED, PRECISION, QUERIES)
         grad_slots += part * grad_slot_strides[0] + batch * grad_slot_strides[2] + group * grad_slot_strides[3]
+        if COUNTED:  # nobody sees the slots behind
+            seen = (start + tl.arange(0, KEYS) < held)[:, None]
+            grad_key, grad_value = tl.where(seen, grad_key, 0.0), tl.where(seen, grad_value, 0.0)
+        grad_slot_stride = DIM if CAUSAL else grad_slot_strides[4]
         _store_rows(
-            grad_slots, start, S, DIM, grad_key * scale, KEYS, DIM, PADDED)
-        _store_rows(grad_slots + grad_slot_strides[1], start, S, DIM, grad_value, KEYS, DIM, PADDED)
+            grad_slots, start, S, grad_slot_stride, grad_key * scale, KEYS, DIM, PADDED)
+        _store_rows(grad_slots + grad_slot_strides[1], start, S, grad_slot_stride, grad_value, KEYS, DIM, PADDED)
 
     @triton.jit
     def _load_weight(
@@ -476,6 +532,6 @@ if triton is not None:
                 query + batch * query_strides[0] + head * query_strides[1],
                 grad + batch * grad_strides[0] + head * grad_strides[1],
                 logsumexp + row, delta + row, query_strides[2], grad_strides[2], N, scale,
-                DIM, PADDED, PRECISION, QUERIES)
+                True, DIM, PADDED, PRECISION, QUERIES)
         _store_rows(grad_key + out, start, N, out_strides[2], key_sum * scale, KEYS, DIM, PADDED)
         _store_rows(grad_value + out, start, N, out_strides[2], value_sum, KEYS, DIM, PADDED)
