@@ -240,7 +240,14 @@ class LinformerAttention(nn.Module):
         missing = (0, 0, 0, slots * stride - min(grid.columns, slots * stride))
         mixed = []
         for states, weight in zip((key, value), weights, strict=True):
-            mixed.append(mix_blocks(F.pad(states[:, :, : slots * stride], missing), weight))
+            states = states[:, :, : slots * stride]
+            states = F.pad(states, missing) if missing[-1] else states
+            if len(weight) == 1:  # every stride is a row that is mixed into one slot: nothing is copied
+                strides = states.unflatten(2, (slots, stride)).transpose(1, 2).flatten(0, 1)
+                states = mix_sequence(strides, weight[:, 0]).unflatten(0, (-1, slots)).transpose(1, 2).squeeze(3)
+            else:
+                states = mix_blocks(states, weight)
+            mixed.append(states)
         if grid.keep_BN is None and grid.columns == slots * stride:
             return *mixed, None
         first = torch.arange(slots, device=key.device) * stride

@@ -353,6 +353,42 @@ def test_mixing_and_attention_compile_into_one_graph(dynamic, shared_weights, de
     assert len(graphs) < 3 if dynamic else len(graphs) == 3
 
 
+@compiles
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("counted", [False, True])
+def test_attention_over_slots_compiles_into_one_graph(counted, dynamic, device):
+    torch.compiler.reset()
+    compiled = torch.compile(kernels_linformer.attend_slots, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for tokens in (300, 411, 1000):
+        shapes = ((8, tokens), (2, 128), (2, 128))
+        leaves = [torch.randn(2, *shape, 64, device=device).bfloat16().requires_grad_() for shape in shapes]
+        count = torch.tensor([128, 7], device=device) if counted else None
+        runs = []
+        for attend in (kernels_linformer.attend_slots, compiled):
+            output = attend(*leaves, count)
+            runs.append([output, *torch.autograd.grad(output, leaves, torch.ones_like(output))])
+        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@compiles
+@pytest.mark.parametrize("projection", ["learned", "pooling"])
+def test_the_encoder_compiles_into_one_graph(projection, device):
+    torch.compiler.reset()
+    config = LinformerConfig(**REAL | {"causal": False, "projection": projection})
+    model = LinformerForMaskedLM(config).to(device, torch.bfloat16).eval()
+    ids = torch.randint(0, 1000, (2, 1000), device=device)
+    mask = torch.ones_like(ids)
+    mask[0, :300] = 0
+    runs = []
+    for call in (model, torch.compile(model, fullgraph=True)):
+        model.zero_grad()
+        logits = call(ids, attention_mask=mask).logits
+        logits.float().square().mean().backward()
+        runs.append([logits.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    for actual, expected in zip(*runs, strict=True):
+        assert relative_error(actual, expected) < 2 * GRADIENT[torch.bfloat16]
+
+
 def mixing_call(tokens, dtype, device, block=64, slots=4, heads=8, dim=64):
     """Queries, keys and values, the two mixing weights, and the layout: :func:`mix_and_attend` without positions."""
     tensors = [torch.randn(2, heads, tokens, dim, device=device).to(dtype) for _ in range(3)]
@@ -382,7 +418,13 @@ def test_the_operators_keep_their_promises(position_embedding, how, device, monk
     values_and_gradients(model, ids, **inputs)
     tensors, layout = attention_call(300, torch.bfloat16, device)
     kernels_linformer.attend_blocks(*(tensor.requires_grad_() for tensor in tensors), layout).sum().backward()
-    assert len(names) == 4
+    query, *slots = (
+        torch.randn(2, heads, rows, 64, device=device).bfloat16() for heads, rows in ((8, 300), (2, 100), (2, 100))
+    )
+    for count in (None, torch.tensor([100, 7], device=device)):
+        leaves = [tensor.detach().requires_grad_() for tensor in (query, *slots)]
+        kernels_linformer.attend_slots(*leaves, count).sum().backward()
+    assert len(names) == 6
     assert calls.keys() == set(names)
     for operator, arguments in calls.values():
         torch.library.opcheck(operator, tuple(arguments), test_utils=("test_schema", "test_faketensor"))

@@ -3,6 +3,7 @@
 Without one, small cases run in Triton's interpreter, which has no bfloat16.
 """
 
+import copy
 import sys
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
@@ -15,10 +16,12 @@ from hypothesis import strategies as st
 from tolerances import GRADIENT, VALUE, relative_error
 
 import linpass.kernels_linformer
-from linpass import LinformerConfig, LinformerForCausalLM, attention_linformer
+from linpass import LinformerConfig, LinformerForCausalLM, LinformerForMaskedLM, attention_linformer
 from linpass.attention_linformer import (
     BlockLayout,
     attend_blocks_reference,
+    attend_visible,
+    held_slots,
     mix_blocks,
     packed_grid,
     pooling_weight,
@@ -697,3 +700,232 @@ def test_models_take_the_kernels(kernels, launches):
 @pytest.mark.parametrize("projection", ["learned", "convolution", "pooling"])
 def test_real_models_take_the_kernels(projection, dtype, autocast, kernels, launches):
     check_model(*model_call(projection, dtype), launches, autocast)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """One call of `attend_slots`. Queries and slots take two tiles each."""
+
+    tokens: int = 50
+    slots: int = 40
+    dtype: torch.dtype = torch.float32
+    batch: int = 2
+    heads: int = 2
+    groups: int = 1
+    dim: int = 16
+    count: tuple[int, ...] | None = None
+    memory: str = "tokens first"
+    parts: int = 0
+
+
+def both_ways(**changes):
+    return pytest.param(Encoder(**changes), id=name(changes))
+
+
+def real_both_ways(**changes):
+    fields = {"tokens": 333, "slots": 256, "dtype": torch.bfloat16, "heads": 4, "groups": 2, "dim": 64} | changes
+    return pytest.param(Encoder(**fields), id="real-" + name(changes), marks=pytest.mark.gpu)
+
+
+def make_slots(case):
+    """Query, slot key, slot value, as leaves by name, and the count."""
+    order, leaves = MEMORY.get(case.memory, MEMORY["tokens first"]), {}
+    for part, heads, rows in (
+        ("query", case.heads, case.tokens),
+        ("slot key", case.groups, case.slots),
+        ("slot value", case.groups, case.slots),
+    ):
+        shape = (case.batch, heads, rows, case.dim)
+        leaves[part] = uniform(case, *(shape[i] for i in order)).requires_grad_()
+    return leaves, None if case.count is None else torch.tensor(case.count, device=DEVICE)
+
+
+def over_slots(attend, case, leaves, count):
+    order = MEMORY.get(case.memory, MEMORY["tokens first"])
+    return attend(*(leaf.permute([order.index(i) for i in range(4)]) for leaf in leaves.values()), count)
+
+
+def oracle_over_slots(query, slot_key, slot_value, count):
+    return attend_visible(query, slot_key, slot_value, None if count is None else held_slots(count, slot_key.shape[2]))[
+        0
+    ]
+
+
+def check_slots(kernels, case, launches, stretch=1.0):
+    leaves, count = make_slots(case)
+    if stretch != 1:  # all scores far below zero
+        with torch.no_grad():
+            leaves["query"].abs_().mul_(stretch)
+            leaves["slot key"].abs_().neg_()
+    truths = {part: leaf.detach().double().requires_grad_() for part, leaf in leaves.items()}
+    gradient = output_gradient(case)
+    got = gradients_by_name(over_slots(kernels.attend_slots, case, leaves, count), leaves, gradient)
+    expected = gradients_by_name(over_slots(oracle_over_slots, case, truths, count), truths, gradient.double())
+    assert launches == ["forward_kernel", "query_gradient_kernel", "slot_gradient_kernel"]
+    assert_within_the_table(case.dtype, got["output"], got, expected.pop("output"), expected)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        both_ways(),
+        both_ways(dtype=torch.float16),
+        *(both_ways(tokens=tokens, batch=1) for tokens in (1, 7, 63, 100)),
+        *(both_ways(slots=slots, batch=1) for slots in (1, 7, 32, 63, 100)),
+        *(both_ways(dim=dim, batch=1) for dim in (24, 48)),
+        both_ways(dim=80, batch=1, dtype=torch.float16),
+        both_ways(groups=2),
+        both_ways(heads=4, groups=2, dtype=torch.float16, count=(40, 17)),
+        both_ways(count=(1, 32)),
+        both_ways(count=(7,)),
+        both_ways(parts=3, tokens=100, count=(33, 2)),
+        *(both_ways(memory=memory) for memory in ("heads first", "features first", "expanded gradient")),
+        real_both_ways(),
+        real_both_ways(dtype=torch.float16),
+        real_both_ways(dtype=torch.float32),
+        *(real_both_ways(tokens=tokens) for tokens in (1, 7, 63, 100, 333, 512, 1000, 5000)),
+        *(real_both_ways(slots=slots) for slots in (1, 7, 63, 100, 128, 333, 512)),
+        real_both_ways(tokens=5000, batch=1, heads=2, slots=100),
+        *(real_both_ways(dim=dim) for dim in (16, 32, 48, 80, 96, 128, 256)),
+        *(real_both_ways(dim=dim, slots=100, count=(3, 99)) for dim in (32, 128, 256)),
+        *(real_both_ways(dim=dim, dtype=torch.float32) for dim in (48, 128, 256)),
+        *(real_both_ways(groups=groups) for groups in (4, 1)),
+        real_both_ways(count=(256, 17)),
+        real_both_ways(count=(1, 64), tokens=5000),
+        real_both_ways(count=(100,)),
+        *(real_both_ways(memory=memory) for memory in ("heads first", "features first", "expanded gradient")),
+    ],
+)
+def test_attention_over_all_slots_is_within_the_table(case, kernels, launches, monkeypatch):
+    if case.parts:
+        monkeypatch.setattr(kernels, "_fold_parts", lambda *_: case.parts)
+    check_slots(kernels, case, launches)
+
+
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning", "ignore:invalid value:RuntimeWarning")  # NumPy, meant
+@pytest.mark.parametrize(
+    "case",
+    [
+        both_ways(slots=33, count=(33, 5), dtype=torch.float16),
+        both_ways(tokens=33, slots=33, dtype=torch.float16),
+        real_both_ways(slots=100, count=(70, 5), dtype=torch.float16),
+        real_both_ways(slots=100, tokens=100),
+    ],
+)
+def test_scores_far_below_zero(case, kernels, launches):
+    """The rows that fill a tile up have scores of 0: their probabilities would overflow."""
+    check_slots(kernels, case, launches, stretch=40.0)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:All-NaN:RuntimeWarning")  # NumPy, meant
+@pytest.mark.parametrize(
+    "case",
+    [both_ways(slots=70, count=(33, 2), parts=2), real_both_ways(count=(100, 7)), real_both_ways(count=(1, 256))],
+)
+def test_slots_behind_the_count_are_never_read(case, kernels, monkeypatch, request):
+    """NaN there, and in memory to begin with; and two more runs: the same bits, gradients of zero."""
+    if case.parts:
+        monkeypatch.setattr(kernels, "_fold_parts", lambda *_: case.parts)
+    leaves, count = make_slots(case)
+    gradient, runs = output_gradient(case), []
+    for poison in (False, True, True):
+        if poison:
+            request.getfixturevalue("poisoned_memory")
+            with torch.no_grad():
+                for part in ("slot key", "slot value"):
+                    for row, held in zip(leaves[part], case.count, strict=True):
+                        row[held:] = float("nan")
+        runs.append(gradients_by_name(over_slots(kernels.attend_slots, case, leaves, count), leaves, gradient))
+    for part, expected in runs[0].items():
+        assert expected.isfinite().all(), part
+        assert all(torch.equal(run[part], expected) for run in runs[1:]), part
+    for part in ("slot key", "slot value"):
+        for row, held in zip(runs[0][part], case.count, strict=True):
+            assert not row[held:].any()
+            assert row[:held].flatten(1).any(-1).all()
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        both_ways(),
+        *(real_both_ways(tokens=tokens, slots=slots) for tokens, slots in ((512, 128), (333, 100), (9000, 512))),
+    ],
+)
+def test_two_runs_over_all_slots_give_the_same_bits(case, kernels, poisoned_memory):
+    leaves, count = make_slots(case)
+    gradient = output_gradient(case)
+    first, *others = (
+        gradients_by_name(over_slots(kernels.attend_slots, case, leaves, count), leaves, gradient) for _ in range(RUNS)
+    )
+    for part, expected in first.items():
+        assert expected.isfinite().all(), part
+        assert all(torch.equal(again[part], expected) for again in others), part
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        both_ways(dtype=torch.float64, count=(40, 3), groups=2),
+        both_ways(dtype=torch.float64, heads=4, groups=2),
+        both_ways(dim=8),
+        both_ways(dim=300, tokens=5),
+    ],
+)
+def test_slots_that_no_kernel_takes(case, kernels, launches):
+    leaves, count = make_slots(case)
+    truths = {part: leaf.detach().double().requires_grad_() for part, leaf in leaves.items()}
+    gradient = output_gradient(case)
+    got = gradients_by_name(over_slots(kernels.attend_slots, case, leaves, count), leaves, gradient)
+    expected = gradients_by_name(over_slots(oracle_over_slots, case, truths, count), truths, gradient.double())
+    assert_within_the_table(case.dtype, got["output"], got, expected.pop("output"), expected)
+    assert not launches
+
+
+def encoder_call(projection, **changes):
+    """Model, tokens, and a mask that pads the second row on the left."""
+    fields = {"embed_dim": 128, "heads": 4, "seq_length": 256, "k": 32, "position_embedding": "rotary"} | changes
+    config = LinformerConfig(
+        vocab_size=100, depth=2, causal=False, projection=projection, rank=None, dropout=0.0, tie_word_embeddings=False,
+        block_size=8, window_size=8, **fields,
+    )  # fmt: skip
+    model = LinformerForMaskedLM(config).to(DEVICE).eval()
+    ids = torch.randint(0, 100, (2, config.seq_length - 6), device=DEVICE)
+    mask = torch.ones_like(ids)
+    mask[1, : ids.shape[1] * 2 // 3] = 0
+    return model, ids, mask
+
+
+def check_encoder(projection, launches, mask_given, **changes):
+    """Logits and gradients against the same model in float64, with all scores in memory."""
+    model, ids, mask = encoder_call(projection, **changes)
+    oracle_model = copy.deepcopy(model).double()
+    oracle_model.set_attn_implementation("eager")
+    runs = []
+    for each in (model, oracle_model):
+        logits = each(ids, attention_mask=mask if mask_given else None).logits
+        logits = logits * mask[..., None] if mask_given else logits
+        logits.square().mean().backward()
+        gradients = {part: parameter.grad for part, parameter in each.named_parameters() if parameter.grad is not None}
+        runs.append({"logits": logits.detach()} | gradients)
+    assert launches == ["forward_kernel"] * 2 + ["query_gradient_kernel", "slot_gradient_kernel"] * 2
+    got, expected = runs
+    assert got.keys() == expected.keys()
+    for part, wanted in expected.items():  # two layers: errors of the parts around attention add to its own
+        assert relative_error(got[part], wanted) < 4 * GRADIENT[torch.float32], part
+
+
+@pytest.mark.parametrize("mask_given", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("projection", ["learned", "convolution", "pooling"])
+def test_encoders_take_the_kernels(projection, mask_given, kernels, launches):
+    fields = {"embed_dim": 32, "heads": 2, "seq_length": 64, "k": 16, "projection_sharing": "none"}
+    check_encoder(projection, launches, mask_given, **fields)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mask_given", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("sharing", ["none", "key-value", "layerwise"])
+@pytest.mark.parametrize("projection", ["learned", "convolution", "pooling"])
+def test_real_encoders_take_the_kernels(projection, sharing, mask_given, kernels, launches):
+    fields = {"seq_length": 512, "k": 64, "num_key_value_heads": 2, "projection_sharing": sharing}
+    check_encoder(projection, launches, mask_given, **fields)
