@@ -3,7 +3,7 @@ r"""Linformer attention as pure functions on tensors: the mathematics, readable,
 Two forms of one idea (Wang et al. 2020, arXiv:2006.04768): attend to learned mixtures of the tokens, "slots", instead
 of all tokens.
 
-- bidirectional: k slots mix the whole row, :func:`mix_sequence`; every query sees all of them.
+- bidirectional: k slots mix the whole row, :func:`mix_sequence`; every query sees all of them, :func:`attend_slots`.
 - causal: every block of b tokens gives r slots, :func:`mix_blocks`; a query sees the slots of the blocks that are
   complete and the last w tokens exactly, in ONE softmax, :func:`attend_blocks`.
 

@@ -329,3 +329,22 @@ def test_autocast_leaves_the_softmax_alone(attend):
         mixed, mixed_gradients = values_and_gradients(attend, tensors, layout)
     assert torch.equal(plain, mixed)
     assert all(torch.equal(a, b) for a, b in zip(gradients, mixed_gradients, strict=True))
+
+
+@pytest.mark.parametrize("sets", [1, 2])
+@pytest.mark.parametrize("memory", ["tokens first", "heads first"])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("tokens", "stored"), [(9, 12), (12, 12), (14, 12)])
+def test_mixing_a_whole_row_is_its_sum(tokens, stored, batch, memory, sets):
+    """Value and gradients; rows of E behind the tokens, and tokens behind the rows of E, do not enter."""
+    states = torch.randn(batch, tokens, 2, 4, dtype=torch.float64).transpose(1, 2)
+    states = (states if memory == "tokens first" else states.contiguous()).requires_grad_()
+    weight = torch.randn(sets, stored, 5, dtype=torch.float64, requires_grad=True)
+    mixed = mix_sequence(states, weight)
+    n = min(tokens, stored)
+    expected = torch.einsum("bgnd,gnk->bgkd", states[:, :, :n], weight[:, :n].expand(2, -1, -1))
+    gradient = torch.randn_like(expected)
+    assert relative_error(mixed, expected) < ORACLE
+    got = torch.autograd.grad(mixed, (states, weight), gradient)
+    for part, wanted in zip(got, torch.autograd.grad(expected, (states, weight), gradient), strict=True):
+        assert relative_error(part, wanted) < ORACLE

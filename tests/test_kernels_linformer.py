@@ -809,7 +809,7 @@ def test_attention_over_all_slots_is_within_the_table(case, kernels, launches, m
         both_ways(slots=33, count=(33, 5), dtype=torch.float16),
         both_ways(tokens=33, slots=33, dtype=torch.float16),
         real_both_ways(slots=100, count=(70, 5), dtype=torch.float16),
-        real_both_ways(slots=100, tokens=100),
+        real_both_ways(slots=100, tokens=100, dtype=torch.float16),
     ],
 )
 def test_scores_far_below_zero(case, kernels, launches):
