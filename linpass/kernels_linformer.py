@@ -360,6 +360,7 @@ class _AttendSlots(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad):
         grad_query, grad_slots = attend_slots_backward_op(grad, *ctx.saved_tensors)
         return grad_query, *grad_slots.transpose(2, 3).unbind(), None
