@@ -369,6 +369,7 @@ class _AttendSlots(torch.autograd.Function):
 def _forward(query, key, value, slot_key, slot_value, first_block, layout, count=None):
     """Output and log2 of the softmax's denominators; without keys for queries that see all slots, or ``count``."""
     layout, causal = BlockLayout(*layout), key is not None
+    key, value = (key, value) if causal else (slot_key, slot_value)  # of which no row is read
     query, key, value, slot_key, slot_value = _unit_rows(query, key, value, slot_key, slot_value)
     batch, heads, tokens, dim = query.shape
     groups, slots = slot_key.shape[1:3]
@@ -383,7 +384,7 @@ def _forward(query, key, value, slot_key, slot_value, first_block, layout, count
             *map(_strides, (query, key, value, slot_key, slot_value, output)), _strides(first_block)[0],
             tokens, slots, layout.window_size, layout.visible_blocks, layout.past_tokens,
             layout.past_blocks, dim**-0.5,
-            causal, count is not None, not causal and count is None and slots % tile.keys == 0,
+            causal, count is not None, causal or count is not None or slots % tile.keys != 0,
             heads // groups, layout.block_size, max(layout.slots_per_block, 1), first_block is not None,
             dim, _padded(dim), _precision(query.dtype), tile.queries, tile.keys,
         ),
@@ -400,6 +401,7 @@ def _query_and_slot_gradients(
 ):
     """Gradient of the queries, delta, gradients of the slots [2, B, G, S, D], end_block."""
     causal = key is not None
+    key, value = (key, value) if causal else (slot_key, slot_value)  # of which no row is read
     batch, heads, tokens, dim = query.shape
     groups, slots = slot_key.shape[1:3]
     padded, precision = _padded(dim), _precision(query.dtype)
@@ -412,7 +414,7 @@ def _query_and_slot_gradients(
         (
             *map(_strides, (query, key, value, slot_key, slot_value, output, grad)), _strides(first_block)[0],
             tokens, slots, layout.window_size, layout.visible_blocks, dim**-0.5,
-            causal, count is not None, not causal and count is None and slots % tile.keys == 0,
+            causal, count is not None, causal or count is not None or slots % tile.keys != 0,
             heads // groups, layout.block_size, max(layout.slots_per_block, 1), first_block is not None,
             dim, padded, precision, tile.queries, tile.keys,
         ),

@@ -60,43 +60,81 @@ if triton is not None:
     @triton.jit
     def _seen(
         column, first_block, S, window, view, past_tokens, past_blocks,
-        BLOCK: tl.constexpr, SLOTS: tl.constexpr, HAS_FIRST: tl.constexpr,
+        CAUSAL: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, HAS_FIRST: tl.constexpr,
     ):
         """The slot rows and the token rows that the queries in these columns see, as [start, stop) each.
 
-        All four never fall as the column grows, so the first and the last column of a tile bound it.
+        All four never fall as the column grows, so the first and the last column of a tile bound it. Not CAUSAL: all
+        slots, no token.
         """
-        complete = past_blocks + (column + 1) // BLOCK
-        slot_stop = tl.minimum(complete * SLOTS, S)
-        slot_start = tl.maximum(complete - view, 0) * SLOTS
-        token_stop = past_tokens + column + 1
-        token_start = tl.maximum(token_stop - window, 0)
-        if HAS_FIRST:
-            first = tl.load(first_block + column // BLOCK).to(tl.int32)
-            slot_start = tl.maximum(slot_start, (past_blocks + first) * SLOTS)
-            token_start = tl.maximum(token_start, past_tokens + first * BLOCK)
-        # Behind the last block that has slots the view may lie past them all.
-        return tl.minimum(slot_start, slot_stop), slot_stop, token_start, token_stop
+        if CAUSAL:
+            complete = past_blocks + (column + 1) // BLOCK
+            slot_stop = tl.minimum(complete * SLOTS, S)
+            slot_start = tl.maximum(complete - view, 0) * SLOTS
+            token_stop = past_tokens + column + 1
+            token_start = tl.maximum(token_stop - window, 0)
+            if HAS_FIRST:
+                first = tl.load(first_block + column // BLOCK).to(tl.int32)
+                slot_start = tl.maximum(slot_start, (past_blocks + first) * SLOTS)
+                token_start = tl.maximum(token_start, past_tokens + first * BLOCK)
+            # Behind the last block that has slots the view may lie past them all.
+            return tl.minimum(slot_start, slot_stop), slot_stop, token_start, token_stop
+        else:
+            none = column * 0
+            return none, none + S, none, none
 
     @triton.jit
-    def _load_either(
-        of_slots, slot_base, base, slot_stride, stride, start, stop,
-        ROWS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,
+    def _seen_by_tile(
+        start, first_block, N, S, window, view, past_tokens, past_blocks,
+        CAUSAL: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, HAS_FIRST: tl.constexpr,
+        QUERIES: tl.constexpr,
     ):
-        """Rows of the slots or of the tokens."""
-        chosen = tl.where(of_slots, slot_base, base)
-        return _load_rows(chosen, start, stop, tl.where(of_slots, slot_stride, stride), ROWS, DIM, PADDED)
+        """`_seen` of each query from ``start`` on, of the first and of the last one."""
+        column = tl.minimum(start + tl.arange(0, QUERIES), N - 1)
+        last_column = tl.minimum(start + QUERIES, N) - 1
+        each = _seen(
+            column, first_block, S, window, view, past_tokens, past_blocks, CAUSAL, BLOCK, SLOTS, HAS_FIRST)
+        first = _seen(
+            start, first_block, S, window, view, past_tokens, past_blocks, CAUSAL, BLOCK, SLOTS, HAS_FIRST)
+        last = _seen(
+            last_column, first_block, S, window, view, past_tokens, past_blocks, CAUSAL, BLOCK, SLOTS, HAS_FIRST)
+        return each, first, last
 
     @triton.jit
-    def _visible(of_slots, at, slot_start, slot_stop, token_start, token_stop, KEYS: tl.constexpr):
+    def _key_tiles(first, last, KEYS: tl.constexpr):
+        """Tiles of slots, and of slots and tokens, that the queries of a tile see: ``first`` and ``last`` of them."""
+        slot_tiles = tl.cdiv(tl.maximum(last[1] - first[0], 0), KEYS)
+        return slot_tiles, slot_tiles + tl.cdiv(last[3] - first[2], KEYS)
+
+    @triton.jit
+    def _load_tile(
+        tile, slot_tiles, first, last, key, value, slot_key, slot_value,
+        key_stride, value_stride, slot_key_stride, slot_value_stride,
+        KEYS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,
+    ):
+        """Whether a tile is one of slots, the row that it starts at, its keys and its values."""
+        of_slots = tile < slot_tiles
+        at = tl.where(of_slots, first[0] + tile * KEYS, first[2] + (tile - slot_tiles) * KEYS)
+        until = tl.where(of_slots, last[1], last[3])
+        keys = _load_rows(
+            tl.where(of_slots, slot_key, key), at, until, tl.where(of_slots, slot_key_stride, key_stride),
+            KEYS, DIM, PADDED)
+        values = _load_rows(
+            tl.where(of_slots, slot_value, value), at, until, tl.where(of_slots, slot_value_stride, value_stride),
+            KEYS, DIM, PADDED)
+        return of_slots, at, keys, values
+
+    @triton.jit
+    def _visible(of_slots, at, each, KEYS: tl.constexpr):
         """Which of the KEYS rows from ``at`` on each query sees: start <= row < stop as one unsigned comparison."""
+        slot_start, slot_stop, token_start, token_stop = each
         ahead = (at + tl.arange(0, KEYS))[None, :] - tl.where(of_slots, slot_start, token_start)[:, None]
         many = tl.where(of_slots, slot_stop - slot_start, token_stop - token_start)[:, None]
         return ahead.to(tl.uint32) < many.to(tl.uint32)
 
     @triton.jit
     def _held(count, S, batch, COUNTED: tl.constexpr):
-        """Slots that the queries of a row see where they are not CAUSAL."""
+        """Slots of a row that its queries see: COUNTED, the first ones alone."""
         if COUNTED:
             return tl.minimum(tl.load(count + batch).to(tl.int32), S)
         else:
@@ -107,7 +145,7 @@ if triton is not None:
         query, key, value, slot_key, slot_value, output, logsumexp, first_block, count,
         query_strides, key_strides, value_strides, slot_key_strides, slot_value_strides, output_strides, first_stride,
         N, S, window, view, past_tokens, past_blocks, scale,
-        CAUSAL: tl.constexpr, COUNTED: tl.constexpr, WHOLE: tl.constexpr,
+        CAUSAL: tl.constexpr, COUNTED: tl.constexpr, MASKED: tl.constexpr,
         SHARED: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, HAS_FIRST: tl.constexpr,
         DIM: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     ):
@@ -120,26 +158,14 @@ if triton is not None:
         batch = tl.cast(tl.num_programs(2) - 1 - tl.program_id(2), tl.int64)
         if HAS_FIRST:
             first_block += batch * first_stride
-        if CAUSAL:
-            key += batch * key_strides[0] + group * key_strides[1]
-            value += batch * value_strides[0] + group * value_strides[1]
+        key += batch * key_strides[0] + group * key_strides[1]
+        value += batch * value_strides[0] + group * value_strides[1]
         slot_key += batch * slot_key_strides[0] + group * slot_key_strides[1]
         slot_value += batch * slot_value_strides[0] + group * slot_value_strides[1]
-        column = start + tl.arange(0, QUERIES)
-        if CAUSAL:
-            slot_start, slot_stop, token_start, token_stop = _seen(
-                tl.minimum(column, N - 1), first_block, S, window, view, past_tokens, past_blocks,
-                BLOCK, SLOTS, HAS_FIRST)
-            slots_from, slots_full_until, tokens_from, tokens_full_until = _seen(
-                start, first_block, S, window, view, past_tokens, past_blocks, BLOCK, SLOTS, HAS_FIRST)
-            slots_full_from, slots_until, tokens_full_from, tokens_until = _seen(
-                tl.minimum(start + QUERIES, N) - 1, first_block, S, window, view, past_tokens, past_blocks,
-                BLOCK, SLOTS, HAS_FIRST)
-            slot_tiles = tl.cdiv(tl.maximum(slots_until - slots_from, 0), KEYS)
-            tiles = slot_tiles + tl.cdiv(tokens_until - tokens_from, KEYS)
-        else:
-            held = _held(count, S, batch, COUNTED)
-            tiles = tl.cdiv(held, KEYS)
+        each, first, last = _seen_by_tile(
+            start, first_block, N, _held(count, S, batch, COUNTED), window, view, past_tokens, past_blocks,
+            CAUSAL, BLOCK, SLOTS, HAS_FIRST, QUERIES)
+        slot_tiles, tiles = _key_tiles(first, last, KEYS)
 
         query += batch * query_strides[0] + head * query_strides[1]
         queries = _load_rows(query, start, N, query_strides[2], QUERIES, DIM, PADDED)
@@ -147,33 +173,17 @@ if triton is not None:
         total = tl.zeros([QUERIES], tl.float32)
         summed = tl.zeros([QUERIES, PADDED], tl.float32)
         for tile in range(tiles):
-            if CAUSAL:
-                of_slots = tile < slot_tiles
-                at = tl.where(of_slots, slots_from + tile * KEYS, tokens_from + (tile - slot_tiles) * KEYS)
-                until = tl.where(of_slots, slots_until, tokens_until)
-                keys = _load_either(
-                    of_slots, slot_key, key, slot_key_strides[2], key_strides[2], at, until, KEYS, DIM, PADDED)
-                values = _load_either(
-                    of_slots, slot_value, value, slot_value_strides[2], value_strides[2], at, until,
-                    KEYS, DIM, PADDED)
-            else:
-                at = tile * KEYS
-                keys = _load_rows(slot_key, at, held, slot_key_strides[2], KEYS, DIM, PADDED)
-                values = _load_rows(slot_value, at, held, slot_value_strides[2], KEYS, DIM, PADDED)
+            of_slots, at, keys, values = _load_tile(
+                tile, slot_tiles, first, last, key, value, slot_key, slot_value,
+                key_strides[2], value_strides[2], slot_key_strides[2], slot_value_strides[2], KEYS, DIM, PADDED)
             scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-            if CAUSAL:
-                partly = at < tl.where(of_slots, slots_full_from, tokens_full_from)
-                if partly | (at + KEYS > tl.where(of_slots, slots_full_until, tokens_full_until)):
-                    visible = _visible(of_slots, at, slot_start, slot_stop, token_start, token_stop, KEYS)
-                    scores = tl.where(visible, scores, float("-inf"))
-            elif not WHOLE:  # noqa: SIM102  known when the kernel is compiled
-                if at + KEYS > held:
-                    scores = tl.where((at + tl.arange(0, KEYS) < held)[None, :], scores, float("-inf"))
+            if MASKED:
+                # What the first query sees ends first, what the last one sees starts last.
+                partly = at < tl.where(of_slots, last[0], last[2])
+                if partly | (at + KEYS > tl.where(of_slots, first[1], first[3])):
+                    scores = tl.where(_visible(of_slots, at, each, KEYS), scores, float("-inf"))
             higher = tl.maximum(highest, tl.max(scores, 1) * (scale * LOG2_E))
-            if CAUSAL:
-                reference = tl.where(higher == float("-inf"), 0.0, higher)  # a query may see nothing of a tile
-            else:
-                reference = higher
+            reference = tl.where(higher == float("-inf"), 0.0, higher)  # a query may see nothing of a tile
             probabilities = tl.exp2(scores * (scale * LOG2_E) - reference[:, None])
             shrink = tl.exp2(highest - reference)
             total = total * shrink + tl.sum(probabilities, 1)
@@ -184,6 +194,7 @@ if triton is not None:
         output += batch * output_strides[0] + head * output_strides[1]
         _store_rows(output, start, N, output_strides[2], summed * (1 / total)[:, None], QUERIES, DIM, PADDED)
         logsumexp += (batch * tl.num_programs(1) + head) * N
+        column = start + tl.arange(0, QUERIES)
         tl.store(logsumexp + column, highest + tl.log2(total), mask=column < N)
 
     @kernel
@@ -191,7 +202,7 @@ if triton is not None:
         query, key, value, slot_key, slot_value, output, logsumexp, first_block, count, grad, grad_query, delta,
         query_strides, key_strides, value_strides, slot_key_strides, slot_value_strides, output_strides, grad_strides,
         first_stride, N, S, window, view, scale,
-        CAUSAL: tl.constexpr, COUNTED: tl.constexpr, WHOLE: tl.constexpr,
+        CAUSAL: tl.constexpr, COUNTED: tl.constexpr, MASKED: tl.constexpr,
         SHARED: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, HAS_FIRST: tl.constexpr,
         DIM: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     ):
@@ -202,29 +213,20 @@ if triton is not None:
         batch = tl.cast(tl.program_id(2), tl.int64)
         if HAS_FIRST:
             first_block += batch * first_stride
-        if CAUSAL:
-            key += batch * key_strides[0] + group * key_strides[1]
-            value += batch * value_strides[0] + group * value_strides[1]
+        key += batch * key_strides[0] + group * key_strides[1]
+        value += batch * value_strides[0] + group * value_strides[1]
         slot_key += batch * slot_key_strides[0] + group * slot_key_strides[1]
         slot_value += batch * slot_value_strides[0] + group * slot_value_strides[1]
-        column = start + tl.arange(0, QUERIES)
-        if CAUSAL:
-            slot_start, slot_stop, token_start, token_stop = _seen(
-                tl.minimum(column, N - 1), first_block, S, window, view, 0, 0, BLOCK, SLOTS, HAS_FIRST)
-            slots_from, _, tokens_from, _ = _seen(
-                start, first_block, S, window, view, 0, 0, BLOCK, SLOTS, HAS_FIRST)
-            _, slots_until, _, tokens_until = _seen(
-                tl.minimum(start + QUERIES, N) - 1, first_block, S, window, view, 0, 0, BLOCK, SLOTS, HAS_FIRST)
-            slot_tiles = tl.cdiv(tl.maximum(slots_until - slots_from, 0), KEYS)
-            tiles = slot_tiles + tl.cdiv(tokens_until - tokens_from, KEYS)
-        else:
-            held = _held(count, S, batch, COUNTED)
-            tiles = tl.cdiv(held, KEYS)
+        each, first, last = _seen_by_tile(
+            start, first_block, N, _held(count, S, batch, COUNTED), window, view, 0, 0,
+            CAUSAL, BLOCK, SLOTS, HAS_FIRST, QUERIES)
+        slot_tiles, tiles = _key_tiles(first, last, KEYS)
 
         query += batch * query_strides[0] + head * query_strides[1]
         output += batch * output_strides[0] + head * output_strides[1]
         grad += batch * grad_strides[0] + head * grad_strides[1]
         grad_query += batch * output_strides[0] + head * output_strides[1]
+        column = start + tl.arange(0, QUERIES)
         at_row = (batch * tl.num_programs(1) + head) * N + column
         queries = _load_rows(query, start, N, query_strides[2], QUERIES, DIM, PADDED)
         gradients = _load_rows(grad, start, N, grad_strides[2], QUERIES, DIM, PADDED)
@@ -234,27 +236,14 @@ if triton is not None:
         log_total = tl.load(logsumexp + at_row, mask=column < N, other=0.0)
         summed = tl.zeros([QUERIES, PADDED], tl.float32)
         for tile in range(tiles):
-            if CAUSAL:
-                of_slots = tile < slot_tiles
-                at = tl.where(of_slots, slots_from + tile * KEYS, tokens_from + (tile - slot_tiles) * KEYS)
-                until = tl.where(of_slots, slots_until, tokens_until)
-                keys = _load_either(
-                    of_slots, slot_key, key, slot_key_strides[2], key_strides[2], at, until, KEYS, DIM, PADDED)
-                values = _load_either(
-                    of_slots, slot_value, value, slot_value_strides[2], value_strides[2], at, until,
-                    KEYS, DIM, PADDED)
-            else:
-                at = tile * KEYS
-                keys = _load_rows(slot_key, at, held, slot_key_strides[2], KEYS, DIM, PADDED)
-                values = _load_rows(slot_value, at, held, slot_value_strides[2], KEYS, DIM, PADDED)
+            of_slots, at, keys, values = _load_tile(
+                tile, slot_tiles, first, last, key, value, slot_key, slot_value,
+                key_strides[2], value_strides[2], slot_key_strides[2], slot_value_strides[2], KEYS, DIM, PADDED)
             scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
             grad_probabilities = tl.dot(gradients, tl.trans(values), input_precision=PRECISION)
             probabilities = tl.exp2(scores * (scale * LOG2_E) - log_total[:, None])
-            if CAUSAL:
-                visible = _visible(of_slots, at, slot_start, slot_stop, token_start, token_stop, KEYS)
-                probabilities = tl.where(visible, probabilities, 0.0)
-            elif not WHOLE:
-                probabilities = tl.where((at + tl.arange(0, KEYS) < held)[None, :], probabilities, 0.0)
+            if MASKED:
+                probabilities = tl.where(_visible(of_slots, at, each, KEYS), probabilities, 0.0)
             grad_scores = probabilities * (grad_probabilities - row_sums[:, None])
             summed = tl.dot(grad_scores.to(keys.dtype), keys, summed, input_precision=PRECISION)
         _store_rows(grad_query, start, N, output_strides[2], summed * scale, QUERIES, DIM, PADDED)
@@ -290,15 +279,19 @@ if triton is not None:
 
     @triton.jit
     def _slot_seen_by(
-        row, end_block, N, S, view, BLOCK: tl.constexpr, SLOTS: tl.constexpr, HAS_FIRST: tl.constexpr
+        row, end_block, N, S, view,
+        CAUSAL: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, HAS_FIRST: tl.constexpr,
     ):
         """Columns [start, stop) of the queries that see slot rows; both never fall as the row grows."""
-        number = tl.minimum(row, S - 1) // SLOTS
-        start = (number + 1) * BLOCK - 1
-        stop = tl.minimum((number + view + 1) * BLOCK - 1, N)
-        if HAS_FIRST:
-            stop = tl.minimum(stop, tl.load(end_block + number).to(tl.int32) * BLOCK)
-        return start, stop
+        if CAUSAL:
+            number = tl.minimum(row, S - 1) // SLOTS
+            start = (number + 1) * BLOCK - 1
+            stop = tl.minimum((number + view + 1) * BLOCK - 1, N)
+            if HAS_FIRST:
+                stop = tl.minimum(stop, tl.load(end_block + number).to(tl.int32) * BLOCK)
+            return start, stop
+        else:
+            return row * 0, row * 0 + N
 
     @triton.jit
     def _token_seen_by(row, end_block, N, window, BLOCK: tl.constexpr, HAS_FIRST: tl.constexpr):
@@ -325,18 +318,15 @@ if triton is not None:
         batch = tl.cast(tl.num_programs(2) - 1 - tl.program_id(2), tl.int64)
         if HAS_FIRST:
             end_block += batch * end_stride
-        if CAUSAL:
-            held = S
-            last = tl.minimum(start + KEYS, S) - 1
-            seen_from, seen_until = _slot_seen_by(
-                start + tl.arange(0, KEYS), end_block, N, S, view, BLOCK, SLOTS, HAS_FIRST)
-            at_first, _ = _slot_seen_by(start, end_block, N, S, view, BLOCK, SLOTS, HAS_FIRST)
-            _, at_stop = _slot_seen_by(last, end_block, N, S, view, BLOCK, SLOTS, HAS_FIRST)
-            at_first = at_first // QUERIES * QUERIES
-        else:
-            held = _held(count, S, batch, COUNTED)
-            seen_from, seen_until, at_first = None, None, 0
-            at_stop = tl.where(start < held, N, 0)
+        held = _held(count, S, batch, COUNTED)
+        last = tl.minimum(start + KEYS, S) - 1
+        seen_from, seen_until = _slot_seen_by(
+            start + tl.arange(0, KEYS), end_block, N, S, view, CAUSAL, BLOCK, SLOTS, HAS_FIRST)
+        at_first, _ = _slot_seen_by(start, end_block, N, S, view, CAUSAL, BLOCK, SLOTS, HAS_FIRST)
+        _, at_stop = _slot_seen_by(last, end_block, N, S, view, CAUSAL, BLOCK, SLOTS, HAS_FIRST)
+        at_first = at_first // QUERIES * QUERIES
+        if COUNTED:
+            at_stop = tl.where(start < held, at_stop, 0)
         length = tl.cdiv(tl.cdiv(tl.maximum(at_stop - at_first, 0), QUERIES), parts) * QUERIES
         at_first += part * length
         at_stop = tl.minimum(at_first + length, at_stop)
