@@ -213,8 +213,8 @@ def rotary_angles(position_BN: Tensor, dim: int, base: float, dtype: torch.dtype
 
 
 def rotate(states_BHND: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Queries, keys or slots turned to their positions; the dtype stays."""
-    cos, sin = angles
+    """Queries, keys or slots turned to their positions, the first rows of ``angles``; the dtype stays."""
+    cos, sin = (part[..., : states_BHND.shape[2], :] for part in angles)
     left, right = states_BHND.chunk(2, -1)
     return (states_BHND * cos + torch.cat((-right, left), -1) * sin).to(states_BHND.dtype)
 
@@ -434,7 +434,8 @@ def mix_and_attend(
         key_BGND: keys that are mixed, not rotated.
         weights: mixing weights of keys and of values, [X, C, P, R] each, as :func:`mix_blocks` takes them.
         rotated_key_BGND: keys of the window; None where they are not rotated.
-        slot_angles: cos and sin, [B or 1, 1, S, D], that turn the slots; None where positions are not rotary.
+        slot_angles: cos and sin, [B or 1, 1, S, D], that turn the slots, S or more rows; None where positions are not
+            rotary.
         block_BC, first_block_BC: as :func:`mix_blocks` and :func:`attend_blocks` take them.
         attend: a function like :func:`attend_blocks` to attend with.
     Returns: [B, H, N, D] in the dtype of the queries.

@@ -17,28 +17,34 @@ class LinformerCacheLayer(CacheLayerMixin):
     """What one layer remembers: the last w tokens exactly, complete blocks as slots, and the block under way.
 
     Bytes: ``2 * B * G * (k + w) * D * itemsize`` for ring and slots; ``2 * B * G * r * D * max(itemsize, 4)`` for the
-    block under way, summed in float32 at least; 8 a row for the count of tokens.
+    block under way, summed in float32 at least; 8 a row for the count of tokens, 8 for that of columns.
+
+    Tensors keep their addresses from the first token on, unless a gradient is recorded through them: CUDA graphs and
+    compiled steps write where the last step wrote.
 
     Attributes:
         keys, values: ring of the last w tokens, [B, G, W, D]; keys rotated; token i at ring position ``i % w``.
         slot_keys, slot_values: complete blocks, [B, G, K, D]; keys rotated; block c at row ``c % (k / r) * r``.
         block_keys, block_values: sums of the block under way, [B, G, R, D], not rotated, invisible.
         seen: tokens per row, [B]; masked tokens do not count.
-        columns: tokens per row, masked ones included: what transformers calls the sequence length.
+        columns: tokens per row, masked ones included: what transformers calls the sequence length. A tensor, as
+            whatever changes with every step of a compiled loop has to be.
+        is_compileable: ``generate`` compiles the steps that use this cache.
     """
 
     is_compileable = False
     is_croppable = False
     is_sliding = False
     supports_early_init = False
-    _tensors = ("keys", "values", "slot_keys", "slot_values", "block_keys", "block_values", "seen")
+    _rows = ("keys", "values", "slot_keys", "slot_values", "block_keys", "block_values", "seen")
+    _tensors = (*_rows, "columns")
 
-    def __init__(self, config: LinformerConfig, layer_idx: int):
+    def __init__(self, config: LinformerConfig, layer_idx: int, is_compileable: bool = False):
         super().__init__()
+        self.is_compileable = is_compileable
         self.sizes = self.sizes_for(config, layer_idx)
         self.slots, self.slots_per_block, self.block_size, self.window_size = self.sizes
         self.visible_blocks = self.slots // self.slots_per_block if self.slots else 0
-        self.columns = 0
 
     @staticmethod
     def sizes_for(config: LinformerConfig, layer_idx: int) -> tuple[int, int, int, int]:
@@ -57,7 +63,25 @@ class LinformerCacheLayer(CacheLayerMixin):
         self.values, self.slot_values = self.keys.clone(), self.slot_keys.clone()
         self.block_values = self.block_keys.clone()
         self.seen = torch.zeros(batch, dtype=torch.long, device=self.device)
+        self.columns = torch.zeros((), dtype=torch.long, device=self.device)
         self.is_initialized = True
+        self._fix_addresses()
+
+    def _fix_addresses(self) -> None:
+        """Tell torch.compile that the tensors stay where they are; else CUDA graphs refuse to write them."""
+        if self.is_compileable and not torch.compiler.is_compiling():
+            for name in self._tensors:
+                # Without a guard: another cache is recorded anew, in milliseconds, not compiled anew.
+                torch._dynamo.mark_static_address(getattr(self, name), guard=False)
+
+    def _write(self, **tensors: Tensor) -> None:
+        """In place; anew where a gradient is recorded."""
+        for name, new in tensors.items():
+            old = getattr(self, name)
+            if torch.is_grad_enabled() and (new.requires_grad or old.requires_grad):
+                setattr(self, name, new)
+            elif new is not old:
+                old.copy_(new)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         raise NotImplementedError(
@@ -84,19 +108,21 @@ class LinformerCacheLayer(CacheLayerMixin):
         """
         keep_B = torch.ones_like(self.seen, dtype=torch.bool) if keep_B1 is None else keep_B1[:, 0]
         at = (self.seen % self.window_size)[:, None]
-        self.keys = _write_rows(self.keys, at, key_BG1D, keep_B)
-        self.values = _write_rows(self.values, at, value_BG1D, keep_B)
+        self._write(keys=_write_rows(self.keys, at, key_BG1D, keep_B))
+        self._write(values=_write_rows(self.values, at, value_BG1D, keep_B))
         if self.slots:
             complete_B = keep_B & ((self.seen + 1) % self.block_size == 0)
             row = torch.arange(self.slots_per_block, device=self.device)
             at = (self.seen // self.block_size % self.visible_blocks * self.slots_per_block)[:, None] + row
-            self.slot_keys = _write_rows(self.slot_keys, at, slot_keys.to(self.dtype), complete_B)
-            self.slot_values = _write_rows(self.slot_values, at, block_values.to(self.dtype), complete_B)
+            self._write(slot_keys=_write_rows(self.slot_keys, at, slot_keys.to(self.dtype), complete_B))
+            self._write(slot_values=_write_rows(self.slot_values, at, block_values.to(self.dtype), complete_B))
             keep_1, complete_1 = keep_B[:, None, None, None], complete_B[:, None, None, None]
-            self.block_keys = torch.where(keep_1, block_keys, self.block_keys).masked_fill(complete_1, 0)
-            self.block_values = torch.where(keep_1, block_values, self.block_values).masked_fill(complete_1, 0)
-        self.seen = self.seen + keep_B
-        self.columns += 1
+            self._write(
+                block_keys=torch.where(keep_1, block_keys, self.block_keys).masked_fill(complete_1, 0),
+                block_values=torch.where(keep_1, block_values, self.block_values).masked_fill(complete_1, 0),
+            )
+        self.seen.add_(keep_B)
+        self.columns.add_(1)
 
     def everything(self) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, values [B, G, K + W, D], slots first, and which of them hold something, [B, 1, 1, K + W]."""
@@ -150,8 +176,10 @@ class LinformerCacheLayer(CacheLayerMixin):
         newest = total[:, None] - 1 - (total[:, None] - 1 - position) % self.window_size
         is_new = (newest >= self.seen[:, None])[:, None, :, None]
         column = (newest - start[:, None]).clamp(0, grid.columns - 1)
-        self.keys = torch.where(is_new, _read_rows(key_BGND, column), self.keys)
-        self.values = torch.where(is_new, _read_rows(value_BGND, column), self.values)
+        self._write(
+            keys=torch.where(is_new, _read_rows(key_BGND, column), self.keys),
+            values=torch.where(is_new, _read_rows(value_BGND, column), self.values),
+        )
 
         if self.slots:
             complete, first = (total // self.block_size)[:, None], (start // self.block_size)[:, None]
@@ -161,30 +189,34 @@ class LinformerCacheLayer(CacheLayerMixin):
             is_new = (newest >= first).repeat_interleave(self.slots_per_block, 1)[:, None, :, None]
             at = ((newest - first).clamp(min=0)[..., None] * self.slots_per_block + row).flatten(1)
             at = at.clamp(max=slot_keys.shape[2] - 1)
-            self.slot_keys = torch.where(is_new, _read_rows(slot_keys, at).to(self.dtype), self.slot_keys)
-            self.slot_values = torch.where(is_new, _read_rows(block_values, at).to(self.dtype), self.slot_values)
+            self._write(
+                slot_keys=torch.where(is_new, _read_rows(slot_keys, at).to(self.dtype), self.slot_keys),
+                slot_values=torch.where(is_new, _read_rows(block_values, at).to(self.dtype), self.slot_values),
+            )
             # A row that ends on a border has no block under way: it reads the zeros behind the last block.
             under_way = (complete - first) * self.slots_per_block + row
             behind = (0, 0, 0, self.slots_per_block)
-            self.block_keys = _read_rows(torch.nn.functional.pad(block_keys, behind), under_way)
-            self.block_values = _read_rows(torch.nn.functional.pad(block_values, behind), under_way)
-        self.seen = total
-        self.columns += tokens
+            self._write(
+                block_keys=_read_rows(torch.nn.functional.pad(block_keys, behind), under_way),
+                block_values=_read_rows(torch.nn.functional.pad(block_values, behind), under_way),
+            )
+        self.seen.copy_(total)
+        self.columns.add_(tokens)
 
     def get_seq_length(self) -> int:
-        """Tokens so far, masked ones included."""
-        return self.columns
+        """Tokens so far, masked ones included; on an accelerator this waits for it."""
+        return int(self.columns) if self.is_initialized else 0
 
     def get_max_length(self) -> int:
         """-1: no maximum."""
         return -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.columns + query_length, 0
+        return self.get_seq_length() + query_length, 0
 
     def reset(self) -> None:
         """Forget everything; the next call may have another batch size."""
-        self.is_initialized, self.columns = False, 0
+        self.is_initialized = False
         for name in self._tensors:
             setattr(self, name, None)
 
@@ -194,11 +226,11 @@ class LinformerCacheLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows ``indices``, in that order, repeats allowed."""
-        self._map(lambda tensor: tensor.index_select(0, indices.to(tensor.device)))
+        self._map(lambda tensor: tensor.index_select(0, indices.to(tensor.device)), self._rows)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row ``repeats`` times, side by side."""
-        self._map(lambda tensor: tensor.repeat_interleave(repeats, 0))
+        self._map(lambda tensor: tensor.repeat_interleave(repeats, 0), self._rows)
 
     def crop(self, *args, **kwargs) -> None:
         raise ValueError(
@@ -220,10 +252,11 @@ class LinformerCacheLayer(CacheLayerMixin):
         duplicate._map(torch.clone)
         return duplicate
 
-    def _map(self, function) -> None:
+    def _map(self, function, names: tuple[str, ...] = _tensors) -> None:
         if self.is_initialized:
-            for name in self._tensors:
+            for name in names:
                 setattr(self, name, function(getattr(self, name)))
+            self._fix_addresses()
 
 
 class LinformerCache(Cache):
@@ -231,19 +264,28 @@ class LinformerCache(Cache):
 
     ``copy.deepcopy`` reuses a prefix, ``batch_select_indices`` picks rows of it.
 
+    Args:
+        is_compileable: ``generate`` on an accelerator compiles its steps, as it does for a static cache.
+
     Example:
         >>> from linpass import LinformerConfig
         >>> LinformerCache(LinformerConfig(depth=2)).get_seq_length()
         0
     """
 
-    def __init__(self, config: LinformerConfig):
-        super().__init__(layers=[LinformerCacheLayer(config, layer_idx) for layer_idx in range(config.depth)])
+    def __init__(self, config: LinformerConfig, is_compileable: bool = False):
+        layers = [LinformerCacheLayer(config, layer_idx, is_compileable) for layer_idx in range(config.depth)]
+        super().__init__(layers=layers)
 
     def fits(self, config: LinformerConfig) -> bool:
         """Whether layers, slots, blocks and window are those of ``config``."""
         wanted = [LinformerCacheLayer.sizes_for(config, layer_idx) for layer_idx in range(config.depth)]
         return [layer.sizes for layer in self.layers] == wanted
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether a token was written; unlike the sequence length known without waiting for an accelerator."""
+        return all(layer.is_initialized for layer in self.layers)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows ``indices``, in that order, repeats allowed."""

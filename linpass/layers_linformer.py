@@ -22,7 +22,6 @@ from .attention_linformer import (
     mix_blocks,
     mix_sequence,
     pooling_weight,
-    rotary_angles,
     rotate,
     sequence_centres,
     slot_centres,
@@ -72,6 +71,27 @@ def _linear(in_features: int, out_features: int, rank: int | None, init_std: flo
 def _residual_std(config: LinformerConfig) -> float:
     """For what is added to the residual stream: it sums 2 * depth such terms and keeps the variance of one (GPT-2)."""
     return config.initializer_range / (2 * config.depth) ** 0.5
+
+
+def slot_positions(config: LinformerConfig, k: int, grid: TokenGrid) -> Tensor:
+    """Where the slots of a layer with ``k`` of them stand: the centres of the tokens that they average at the start.
+
+    Causal: those of every block of the grid, complete or not, [B or 1, C * R]; of one token those of its block.
+    """
+    device = grid.index_BT.device
+    if config.causal:
+        b = config.block_size
+        if grid.columns == 1:
+            number = grid.index_BT // b
+        else:
+            number = grid.block_numbers(b)
+            number = torch.arange(-(-grid.columns // b), device=device)[None] if number is None else number
+        return slot_centres(number, b, k * b // config.seq_length)
+    if config.projection == "learned":
+        return sequence_centres(config.seq_length, k, device)
+    stride = config.seq_length // k
+    number = torch.arange(min(-(-grid.columns // stride), k), device=device)
+    return slot_centres(number[None], stride, 1)
 
 
 class SequenceProjection(nn.Module):
@@ -173,6 +193,7 @@ class LinformerAttention(nn.Module):
         hidden_states: Tensor,
         grid: TokenGrid,
         angles: tuple[Tensor, Tensor] | None,
+        slot_angles: dict[int, tuple[Tensor, Tensor]],
         shared_weights: tuple[Tensor, Tensor] | None,
         past_key_values: LinformerCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
@@ -181,6 +202,7 @@ class LinformerAttention(nn.Module):
             hidden_states: [B, T, E] in the order given.
             grid: where the tokens stand.
             angles: rotary cos and sin for the columns of the grid; None for learned positions.
+            slot_angles: the same at :func:`slot_positions`, for every k that the model has.
             shared_weights: mixing weights of the model, where all layers share them.
         Returns: [B, T, E], and probabilities [B, H, T, k + T] from the eager implementation, else None.
         """
@@ -192,18 +214,20 @@ class LinformerAttention(nn.Module):
             query = F.rms_norm(query, (self.head_dim,), eps=self.config.norm_eps).to(value.dtype)
             key = F.rms_norm(key, (self.head_dim,), eps=self.config.norm_eps).to(value.dtype)
         weights = shared_weights if self.projection is None else self.projection(hidden_states)
+        slot_angles = slot_angles.get(self.k)
         query = query if angles is None else rotate(query, angles)
 
         cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         if not self.is_causal:
-            output, probabilities = self._attend_both_ways(query, key, value, weights, grid, angles)
-        elif cache is not None and cache.columns and grid.columns == 1:
-            output, probabilities = self._attend_one_token(query, key, value, weights, grid, angles, cache), None
+            output, probabilities = self._attend_both_ways(query, key, value, weights, grid, angles, slot_angles)
+        elif cache is not None and cache.is_initialized and grid.columns == 1:
+            output = self._attend_one_token(query, key, value, weights, grid, angles, slot_angles, cache)
+            probabilities = None
         else:
-            output, probabilities = self._attend_before(query, key, value, weights, grid, angles, cache)
+            output, probabilities = self._attend_before(query, key, value, weights, grid, angles, slot_angles, cache)
         return self.o_proj(grid.restore(output.transpose(1, 2).flatten(2))), probabilities
 
-    def _attend_both_ways(self, query, key, value, weights, grid, angles):
+    def _attend_both_ways(self, query, key, value, weights, grid, angles, slot_angles):
         """Section 4 of the paper: all queries, k slots that mix the whole row; k = 0 is full attention."""
         if not self.k:
             keys = key if angles is None else rotate(key, angles)
@@ -214,11 +238,9 @@ class LinformerAttention(nn.Module):
         if self.config.projection == "learned":
             key_weight, value_weight = weights
             keys, values, count = mix_sequence(key, key_weight[:, 0]), mix_sequence(value, value_weight[:, 0]), None
-            centres = None if angles is None else sequence_centres(self.config.seq_length, self.k, key.device)
         else:
             keys, values, count = self._mix_strides(key, value, weights, grid)
-            centres = slot_centres(torch.arange(keys.shape[2], device=key.device), self._stride, 1)
-        keys = keys if angles is None else self._rotate_slots(keys, centres)
+        keys = keys if slot_angles is None else rotate(keys, slot_angles)
         if self.config._attn_implementation == "sdpa":
             return attend_slots(query, keys, values, count), None
         visible = None if count is None else held_slots(count, keys.shape[2])
@@ -257,21 +279,16 @@ class LinformerAttention(nn.Module):
             mixed = [states * (stride / held.clamp(min=1).to(states.dtype))[:, None, :, None] for states in mixed]
         return *mixed, None if grid.total_B is None else (held > 0).sum(-1).clamp(min=1)
 
-    def _attend_before(self, query, key, value, weights, grid, angles, cache):
+    def _attend_before(self, query, key, value, weights, grid, angles, slot_angles, cache):
         """Causal: tokens of this call, after those in the cache, if any."""
-        layout, continues = self.layout, cache is not None and cache.columns > 0
+        layout, continues = self.layout, cache is not None and cache.is_initialized
         eager = self.config._attn_implementation == "eager"
         blocks = grid.block_numbers(layout.block_size)
         rotated = key if angles is None else rotate(key, angles)
         if self.k and cache is None and not eager:
-            if angles is None:
-                turned = None, None
-            else:
-                count = grid.columns // layout.block_size
-                if blocks is None and weights[0].shape[1] > 1:
-                    count = min(count, weights[0].shape[1])  # columns past seq_length hold padding only
-                turned = rotated, self._block_angles(count, blocks, key)
-            return mix_and_attend(query, key, value, weights, layout, *turned, blocks, grid.first_block_BC), None
+            near = None if angles is None else rotated
+            arguments = (weights, layout, near, slot_angles, blocks, grid.first_block_BC)
+            return mix_and_attend(query, key, value, *arguments), None
         slot_key, slot_value = key[:, :, :0], value[:, :, :0]
         block_key, block_value = slot_key, slot_value
         if self.k and cache is None:
@@ -279,9 +296,8 @@ class LinformerAttention(nn.Module):
         elif self.k:
             block_key, block_value = self._sum_blocks(key, value, weights, grid, blocks, cache)
             slot_key, slot_value = block_key, block_value.to(value.dtype)
-        if self.k and angles is not None:
-            count = slot_key.shape[2] // layout.slots_per_block
-            slot_key = rotate(slot_key, self._block_angles(count, blocks, slot_key))
+        if slot_angles is not None:
+            slot_key = rotate(slot_key, slot_angles)
         slot_key = slot_key.to(key.dtype)
 
         plain = not continues and grid.first_block_BC is None
@@ -321,13 +337,13 @@ class LinformerAttention(nn.Module):
             states = F.pad(states, (0, 0, 0, columns - grid.columns))
             with exact(states.device):
                 sums.append(mix_blocks(states, weight.to(states.dtype), blocks))
-        if cache.columns:
+        if cache.is_initialized:
             begun = (cache.block_keys, cache.block_values)
             behind = (0, 0, 0, sums[0].shape[2] - self.layout.slots_per_block)
             sums = [blocks_sum + F.pad(under_way, behind) for blocks_sum, under_way in zip(sums, begun, strict=True)]
         return sums
 
-    def _attend_one_token(self, query, key, value, weights, grid, angles, cache: LinformerCacheLayer):
+    def _attend_one_token(self, query, key, value, weights, grid, angles, slot_angles, cache: LinformerCacheLayer):
         """One token per row against slots and ring; the same cost at any position."""
         rotated = key if angles is None else rotate(key, angles)
         block_keys, block_values = cache.block_keys, cache.block_values
@@ -341,10 +357,7 @@ class LinformerAttention(nn.Module):
             )
             block_keys = block_keys + key_weight * key
             block_values = block_values + value_weight * value
-            slot_keys = block_keys
-            if angles is not None:
-                centres = slot_centres(block[:, None], self.layout.block_size, self.layout.slots_per_block)
-                slot_keys = self._rotate_slots(slot_keys, centres)
+            slot_keys = block_keys if slot_angles is None else rotate(block_keys, slot_angles)
         cache.write_token(rotated, value, block_keys, block_values, slot_keys, grid.keep_BN)
         keys, values, visible = cache.everything()
         return attend_visible(query, keys, values, visible)[0]
@@ -375,15 +388,6 @@ class LinformerAttention(nn.Module):
             over_tokens = over_tokens.gather(3, grid.column_BT[:, None, None].expand(-1, heads, columns, -1))
         in_order = torch.cat((over_slots, over_tokens), -1)
         return grid.restore(in_order.transpose(1, 2)).transpose(1, 2)
-
-    def _block_angles(self, count: int, numbers: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotary cos and sin of the slots of ``count`` blocks, whose numbers in their rows are given or 0, 1, 2 ..."""
-        numbers = torch.arange(count, device=like.device)[None] if numbers is None else numbers[:, :count]
-        centres = slot_centres(numbers, self.layout.block_size, self.layout.slots_per_block)
-        return rotary_angles(centres, self.head_dim, self.config.rotary_base, like.dtype)
-
-    def _rotate_slots(self, slot_keys: Tensor, centres: Tensor) -> Tensor:
-        return rotate(slot_keys, rotary_angles(centres, self.head_dim, self.config.rotary_base, slot_keys.dtype))
 
 
 class LinformerMLP(nn.Module):

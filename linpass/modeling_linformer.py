@@ -36,7 +36,7 @@ from .attention_linformer import (
 )
 from .cache_linformer import LinformerCache
 from .configuration_linformer import LinformerConfig
-from .layers_linformer import LinformerAttention, LinformerBlock, SequenceProjection
+from .layers_linformer import LinformerAttention, LinformerBlock, SequenceProjection, slot_positions
 
 logger = logging.get_logger(__name__)
 
@@ -153,10 +153,12 @@ class LinformerModel(LinformerPreTrainedModel):
         hidden_states = inputs_embeds
         if self.embed_positions is not None:
             hidden_states = hidden_states + self.embed_positions(grid.index_BT)
-            angles = None
+            angles, slot_angles = None, {}
         else:
-            positions = grid.positions_BN()
-            angles = rotary_angles(positions, self.config.head_dim, self.config.rotary_base, hidden_states.dtype)
+            angles = self._angles(grid.positions_BN(), hidden_states.dtype)
+            slots = {self.config.layer_k(layer_idx) for layer_idx in range(self.config.depth)} - {0}
+            exact_enough = torch.promote_types(hidden_states.dtype, torch.float32)  # sums of a block are in it
+            slot_angles = {k: self._angles(slot_positions(self.config, k, grid), exact_enough) for k in sorted(slots)}
         hidden_states = self.dropout(hidden_states)
         shared_weights = None if self.projection is None else self.projection(hidden_states)
         for layer in self.layers:
@@ -164,10 +166,14 @@ class LinformerModel(LinformerPreTrainedModel):
                 hidden_states,
                 grid=grid,
                 angles=angles,
+                slot_angles=slot_angles,
                 shared_weights=shared_weights,
                 past_key_values=past_key_values,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _angles(self, position_BN: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return rotary_angles(position_BN, self.config.head_dim, self.config.rotary_base, dtype)
 
     def _real_tokens(self, attention_mask: Tensor | None, shape: torch.Size) -> Tensor | None:
         """True where a token of this call is real, [B, T]; None where no mask was given."""
@@ -192,11 +198,11 @@ class LinformerModel(LinformerPreTrainedModel):
                     f"document_ids has shape {list(document_ids.shape)}; it needs {[batch, tokens]}, one per token"
                 )
             return packed_grid(document_ids.to(device), self.config.block_size, keep)
-        if past_key_values is None or past_key_values.get_seq_length() == 0:
+        if past_key_values is None or not past_key_values.has_tokens:
             return plain_grid(tokens, device, keep)
         if not self.config.causal:
             raise ValueError("past_key_values: an encoder (causal=False) has no cache")
-        seen = past_key_values.layers[0].seen
+        seen = past_key_values.layers[0].seen.clone()  # layer 0 counts on in place while others still read the grid
         if len(seen) != batch:
             raise ValueError(f"past_key_values holds {len(seen)} rows, the batch has {batch}")
         if tokens == 1:
@@ -205,26 +211,30 @@ class LinformerModel(LinformerPreTrainedModel):
 
     def _check_past(self, attention_mask: Tensor | None, tokens: int, past_key_values: LinformerCache | None) -> None:
         """A mask that also covers the cache must say of it what was said when its tokens were given."""
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if attention_mask is not None and past and attention_mask.shape[1] == past + tokens:
+        if attention_mask is None or past_key_values is None or not past_key_values.has_tokens:
+            return
+        cache, past = past_key_values.layers[0], attention_mask.shape[1] - tokens
+        if past:
+            same = ((attention_mask[:, :past] != 0).sum(-1) == cache.seen).all()
             require(
-                ((attention_mask[:, :past] != 0).sum(-1) == past_key_values.layers[0].seen).all(),
+                same | (cache.columns != past),
                 "attention_mask masks other tokens of the past than when they were given: what is in a LinformerCache "
                 "has been mixed and cannot be masked any more",
             )
 
     def _check_length(self, grid: TokenGrid, tokens: int, past_key_values: LinformerCache | None) -> None:
         limit = self.config.max_tokens
-        columns = tokens + (0 if past_key_values is None else past_key_values.get_seq_length())
-        if limit is None or columns <= limit:
+        continues = past_key_values is not None and past_key_values.has_tokens
+        if limit is None or (tokens <= limit and not continues):
             return
+        row = f"of what the cache holds and {tokens} more" if continues else f"of {tokens} tokens"
         message = (
-            f"a row of {columns} tokens is longer than seq_length={limit}: this configuration (position_embedding="
+            f"a row {row} is longer than seq_length={limit}: this configuration (position_embedding="
             f"{self.config.position_embedding!r}, projection={self.config.projection!r}, causal={self.config.causal}) "
             f"has weights for {limit} positions; a causal model with rotary positions and projection 'convolution' or "
             "'pooling' runs past seq_length"
         )
-        if grid.keep_BT is None and grid.start_B is None and past_key_values is None and grid.first_block_BC is None:
+        if grid.keep_BT is None and grid.first_block_BC is None and not continues:
             raise ValueError(message)
         require(grid.index_BT.max() < limit, message)  # padding and packing take columns, not positions
 
@@ -261,17 +271,19 @@ class LinformerForCausalLM(LinformerPreTrainedModel, GenerationMixin):
         past = model_kwargs.get("past_key_values")
         if past is not None and not isinstance(past, LinformerCache):
             raise ValueError(f"past_key_values is a {type(past).__name__}; generate needs a LinformerCache here")
-        if generation_config.cache_implementation is not None:
+        kind = generation_config.cache_implementation
+        if kind not in (None, "static"):
             raise ValueError(
-                f"cache_implementation={generation_config.cache_implementation!r}: a Linformer has one cache, of "
-                "constant size; leave cache_implementation out"
+                f"cache_implementation={kind!r}: a Linformer has one cache, of constant size; leave "
+                "cache_implementation out, or give 'static' to have the steps compiled"
             )
         self._refuse_too_many_tokens(generation_config, model_kwargs.get("attention_mask"), max_cache_length + 1)
         rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
         if rows > 1 and generation_config._eos_token_tensor is not None:
             model_kwargs["row_ends"] = (generation_config._prompt_columns, generation_config._eos_token_tensor)
         if past is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = LinformerCache(self.config)
+            compiled = kind == "static" or generation_config.compile_config is not None
+            model_kwargs["past_key_values"] = LinformerCache(self.config, is_compileable=compiled)
             return
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args
@@ -281,18 +293,29 @@ class LinformerForCausalLM(LinformerPreTrainedModel, GenerationMixin):
         """transformers' inputs, with what ``generate`` writes behind the end of a row masked.
 
         A row that has ended is filled up while others go on. That filling must not enter the cache: it could not be
-        taken out for a second turn.
+        taken out for a second turn. A step of one token gets tensors of one shape, however long the row: what the
+        cache holds needs neither mask nor positions any more.
         """
         inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
         generated = 0 if row_ends is None else input_ids.shape[1] - row_ends[0]
-        if generated > 1:
+        if generated > 0:
             ends = torch.isin(input_ids[:, -generated:], row_ends[1].to(input_ids.device))
             filling = (ends.cumsum(-1) - ends.long()) > 0
             mask = inputs.get("attention_mask")
             if mask is None:
                 mask = torch.ones_like(input_ids)
             inputs["attention_mask"] = torch.cat((mask[:, :-generated], mask[:, -generated:] * ~filling), 1)
+        if inputs.get("past_key_values") is not None and not kwargs.get("is_first_iteration"):
+            inputs.pop("position_ids", None)
+            if inputs.get("attention_mask") is not None:
+                new = inputs["attention_mask"][:, -inputs["input_ids"].shape[1] :]
+                inputs["attention_mask"] = new.clone(memory_format=torch.contiguous_format)
         return inputs
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+        """For compiled steps transformers would make a mask of four dimensions; a Linformer takes the one it has."""
+        return attention_mask
 
     def _refuse_too_many_tokens(self, generation_config, attention_mask: Tensor | None, total: int) -> None:
         limit = self.config.max_tokens
