@@ -67,6 +67,11 @@ class LinformerCacheLayer(CacheLayerMixin):
         self.is_initialized = True
         self._fix_addresses()
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All there is to remember, in the order of the attributes above."""
+        return tuple(getattr(self, name) for name in self._tensors)
+
     def _fix_addresses(self) -> None:
         """Tell torch.compile that the tensors stay where they are; else CUDA graphs refuse to write them."""
         if self.is_compileable and not torch.compiler.is_compiling():

@@ -117,6 +117,42 @@ def attend_slots(
     return _AttendSlots.apply(*tensors, count_B)
 
 
+def attend_next_token(
+    query_BH1D: Tensor,
+    key_BG1D: Tensor,
+    value_BG1D: Tensor,
+    memory: tuple[Tensor, ...],
+    weights: tuple[Tensor, Tensor] | None,
+    layout: BlockLayout,
+    index_B1: Tensor,
+    keep_B1: Tensor | None = None,
+    angles: tuple[Tensor, Tensor] | None = None,
+    slot_angles: tuple[Tensor, Tensor] | None = None,
+) -> Tensor | None:
+    """Causal attention of one more token per row, in one launch, which also writes it to the cache.
+
+    Args:
+        query_BH1D, key_BG1D, value_BG1D: not rotated.
+        memory: tensors of a ``LinformerCacheLayer``: ``keys, values, slot_keys, slot_values, block_keys, block_values,
+            seen, columns``, changed in place.
+        weights: mixing weights of keys and of values, [X, C, P, R]; None without slots.
+        index_B1: index of the token in its row; of a masked one any number.
+        keep_B1: rows whose token is real; others change nothing and get what has no meaning. None: all.
+        angles, slot_angles: cos and sin of the token, [B or 1, 1, 1, D], and of the slots of its block, [B or 1, 1, R,
+            D]; None where positions are not rotary.
+
+    Returns: [B, H, 1, D]; None, and nothing is written, where :func:`_fits` does not hold or a gradient is recorded.
+    Cost: O(B·H·(K + W)·D) at any position.
+    """
+    tensors = (query_BH1D, key_BG1D, value_BG1D)
+    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*tensors, *memory[:6]))
+    if recorded or memory[0].dtype != query_BH1D.dtype or not _fits(tensors, NO_BLOCKS):
+        return None
+    weights = (None, None) if weights is None else weights
+    pairs = [(None, None) if pair is None else pair for pair in (angles, slot_angles)]
+    return attend_next_token_op(*tensors, *memory, index_B1, keep_B1, *weights, *pairs[0], *pairs[1], list(layout))
+
+
 def _fits(tensors: tuple[Tensor, ...], layout: BlockLayout) -> bool:
     """Triton, an NVIDIA GPU with bfloat16 (Ampere, 2020, or later), 16 to 256 features in at most 32 bits.
 
@@ -181,6 +217,9 @@ TILES = {
     ("query", 256): Tile(32, 32, 4, 2),
     ("slot", 256): Tile(32, 32, 4, 2),
     ("token", 256): Tile(32, 32, 4, 2),
+    ("next", 64): Tile(16, 64, 4, 3),
+    ("next", 128): Tile(16, 64, 4, 3),
+    ("next", 256): Tile(16, 32, 4, 2),
 }
 # Of bidirectional attention: no window, so wide tiles waste nothing. Chosen by registers, not yet by time.
 ENCODER_TILES = {
@@ -526,6 +565,40 @@ def _slots_backward_shapes(grad, query, slot_key, slot_value, count, output, log
     return _like_tokens(query), query.new_empty(2, batch, slots, groups, dim)
 
 
+def _attend_next_token(
+    query, key, value, ring_key, ring_value, slot_key, slot_value, block_key, block_value, seen, columns,
+    index, keep, key_weight, value_weight, cos, sin, slot_cos, slot_sin, layout,
+):  # fmt: skip
+    layout = BlockLayout(*layout)
+    query, key, value = _unit_rows(query, key, value)
+    batch, heads, _, dim = query.shape
+    groups, slots = key.shape[1], slot_key.shape[2]
+    shared, r = heads // groups, max(layout.slots_per_block, 1)
+    cos, sin, slot_cos, slot_sin = (_angle_rows(angles, batch) for angles in (cos, sin, slot_cos, slot_sin))
+    index, keep = index.expand(batch, 1).contiguous(), None if keep is None else keep.contiguous().view(torch.uint8)
+    output = query.new_empty(batch, heads, 1, dim)
+    tile = _tile("next", _padded(dim), query.element_size())
+    _launch(
+        kernels.next_token_kernel, (groups, batch, 1), tile,
+        (
+            query, key, value, ring_key, ring_value, slot_key, slot_value, block_key, block_value, seen, columns,
+            index, keep, key_weight, value_weight, cos, sin, slot_cos, slot_sin, output,
+        ),
+        (
+            *map(_strides, (query, key, value, key_weight, value_weight)), _strides(cos)[0], _strides(slot_cos)[0],
+            1 if key_weight is None else key_weight.shape[1], ring_key.shape[2], slots, dim**-0.5,
+            slots > 0, keep is not None, cos is not None, key_weight is not None and key_weight.shape[0] > 1,
+            shared, layout.block_size, r, dim, _padded(dim), _precision(query.dtype),
+            max(16, _power_of_two(shared)), tile.keys, min(32, max(16, _power_of_two(r))),
+        ),
+    )  # fmt: skip
+    return output
+
+
+def _attend_next_token_shapes(query, *rest):
+    return query.new_empty(query.shape)
+
+
 def _mix(key, value, key_weight, value_weight, cos, sin, number, layout):
     layout = BlockLayout(*layout)
     key, value = _unit_rows(key, value)
@@ -647,6 +720,7 @@ _WEIGHTS = "Tensor key_weight, Tensor value_weight, Tensor? cos, Tensor? sin, Te
     mix_and_attend_backward_op,
     attend_slots_op,
     attend_slots_backward_op,
+    attend_next_token_op,
 ) = _operators(
     attend=(f"({_SEEN}, int[] layout) -> (Tensor, Tensor)", _forward, _forward_shapes),
     attend_backward=(
@@ -677,5 +751,13 @@ _WEIGHTS = "Tensor key_weight, Tensor value_weight, Tensor? cos, Tensor? sin, Te
         " Tensor logsumexp) -> (Tensor, Tensor)",
         _slots_backward,
         _slots_backward_shapes,
+    ),
+    attend_next_token=(
+        "(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) slot_keys,"
+        " Tensor(d!) slot_values, Tensor(e!) block_keys, Tensor(f!) block_values, Tensor(g!) seen, Tensor(h!) columns,"
+        " Tensor index, Tensor? keep, Tensor? key_weight, Tensor? value_weight, Tensor? cos, Tensor? sin,"
+        " Tensor? slot_cos, Tensor? slot_sin, int[] layout) -> Tensor",
+        _attend_next_token,
+        _attend_next_token_shapes,
     ),
 )

@@ -28,7 +28,7 @@ from .attention_linformer import (
 )
 from .cache_linformer import LinformerCache, LinformerCacheLayer
 from .configuration_linformer import LinformerConfig
-from .kernels_linformer import attend_blocks, attend_slots, mix_and_attend
+from .kernels_linformer import attend_blocks, attend_next_token, attend_slots, mix_and_attend
 
 
 class LowRankLinear(nn.Module):
@@ -215,14 +215,13 @@ class LinformerAttention(nn.Module):
             key = F.rms_norm(key, (self.head_dim,), eps=self.config.norm_eps).to(value.dtype)
         weights = shared_weights if self.projection is None else self.projection(hidden_states)
         slot_angles = slot_angles.get(self.k)
-        query = query if angles is None else rotate(query, angles)
-
         cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        if cache is not None and cache.is_initialized and grid.columns == 1:
+            output = self._attend_one_token(query, key, value, weights, grid, angles, slot_angles, cache)
+            return self.o_proj(grid.restore(output.transpose(1, 2).flatten(2))), None
+        query = query if angles is None else rotate(query, angles)
         if not self.is_causal:
             output, probabilities = self._attend_both_ways(query, key, value, weights, grid, angles, slot_angles)
-        elif cache is not None and cache.is_initialized and grid.columns == 1:
-            output = self._attend_one_token(query, key, value, weights, grid, angles, slot_angles, cache)
-            probabilities = None
         else:
             output, probabilities = self._attend_before(query, key, value, weights, grid, angles, slot_angles, cache)
         return self.o_proj(grid.restore(output.transpose(1, 2).flatten(2))), probabilities
@@ -345,7 +344,13 @@ class LinformerAttention(nn.Module):
 
     def _attend_one_token(self, query, key, value, weights, grid, angles, slot_angles, cache: LinformerCacheLayer):
         """One token per row against slots and ring; the same cost at any position."""
-        rotated = key if angles is None else rotate(key, angles)
+        weights = weights if self.k else None
+        if self.config._attn_implementation != "eager":
+            places = (grid.index_BT, grid.keep_BN, angles, slot_angles)
+            output = attend_next_token(query, key, value, cache.tensors, weights, self.layout, *places)
+            if output is not None:
+                return output
+        query, rotated = (states if angles is None else rotate(states, angles) for states in (query, key))
         block_keys, block_values = cache.block_keys, cache.block_values
         slot_keys = block_keys
         if self.k:

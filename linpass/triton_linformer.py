@@ -133,6 +133,17 @@ if triton is not None:
         return ahead.to(tl.uint32) < many.to(tl.uint32)
 
     @triton.jit
+    def _add_tile(highest, total, summed, scores, values, scale, PRECISION: tl.constexpr):
+        """The running softmax of each query with a tile more: its highest score, denominator and weighted values."""
+        higher = tl.maximum(highest, tl.max(scores, 1) * (scale * LOG2_E))
+        reference = tl.where(higher == float("-inf"), 0.0, higher)  # a query may see nothing of a tile
+        probabilities = tl.exp2(scores * (scale * LOG2_E) - reference[:, None])
+        shrink = tl.exp2(highest - reference)
+        total = total * shrink + tl.sum(probabilities, 1)
+        summed = tl.dot(probabilities.to(values.dtype), values, summed * shrink[:, None], input_precision=PRECISION)
+        return higher, total, summed
+
+    @triton.jit
     def _held(count, S, batch, COUNTED: tl.constexpr):
         """Slots of a row that its queries see: COUNTED, the first ones alone."""
         if COUNTED:
@@ -182,14 +193,7 @@ if triton is not None:
                 partly = at < tl.where(of_slots, last[0], last[2])
                 if partly | (at + KEYS > tl.where(of_slots, first[1], first[3])):
                     scores = tl.where(_visible(of_slots, at, each, KEYS), scores, float("-inf"))
-            higher = tl.maximum(highest, tl.max(scores, 1) * (scale * LOG2_E))
-            reference = tl.where(higher == float("-inf"), 0.0, higher)  # a query may see nothing of a tile
-            probabilities = tl.exp2(scores * (scale * LOG2_E) - reference[:, None])
-            shrink = tl.exp2(highest - reference)
-            total = total * shrink + tl.sum(probabilities, 1)
-            summed = tl.dot(
-                probabilities.to(values.dtype), values, summed * shrink[:, None], input_precision=PRECISION)
-            highest = higher
+            highest, total, summed = _add_tile(highest, total, summed, scores, values, scale, PRECISION)
 
         output += batch * output_strides[0] + head * output_strides[1]
         _store_rows(output, start, N, output_strides[2], summed * (1 / total)[:, None], QUERIES, DIM, PADDED)
@@ -525,3 +529,143 @@ if triton is not None:
                 True, DIM, PADDED, PRECISION, QUERIES)
         _store_rows(grad_key + out, start, N, out_strides[2], key_sum * scale, KEYS, DIM, PADDED)
         _store_rows(grad_value + out, start, N, out_strides[2], value_sum, KEYS, DIM, PADDED)
+
+    @triton.jit
+    def _load_turned(base, rows, inside, stride, cosine, sine, TURNED: tl.constexpr, DIM: tl.constexpr,
+                     PADDED: tl.constexpr):
+        """Rows as float32, plain and turned to one position."""
+        column = tl.arange(0, PADDED)
+        inside = inside[:, None] & (column < DIM)[None, :]
+        states = tl.load(base + rows[:, None] * stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        if TURNED:
+            swapped = rows[:, None] * stride + ((column + DIM // 2) % DIM)[None, :]
+            swapped = tl.load(base + swapped, mask=inside, other=0.0).to(tl.float32)
+            swapped = tl.where((column < DIM // 2)[None, :], -swapped, swapped)
+            return states, states * cosine + swapped * sine
+        else:
+            return states, states
+
+    @kernel
+    def next_token_kernel(
+        query, key, value, ring_key, ring_value, slot_key, slot_value, block_key, block_value, seen, columns,
+        index, keep, key_weight, value_weight, cos, sin, slot_cos, slot_sin, output,
+        query_strides, key_strides, value_strides, key_weight_strides, value_weight_strides,
+        angle_stride, slot_angle_stride, stored, window, S, scale,
+        MIXED: tl.constexpr, HAS_KEEP: tl.constexpr, TURNED: tl.constexpr, PER_GROUP: tl.constexpr,
+        SHARED: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr,
+        DIM: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
+        QUERIES: tl.constexpr, KEYS: tl.constexpr, SLOT_TILE: tl.constexpr,
+    ):
+        """The next token of a row, one group: what it attends to, and what the cache remembers of it.
+
+        What the token itself changes, its row of the ring and the slots of the block that it completes, is attended to
+        from registers and masked where it lies in memory, where other threads may have written it already or not yet.
+        """
+        groups, group = tl.num_programs(0), tl.program_id(0)
+        batch = tl.cast(tl.program_id(1), tl.int64)
+        place = batch * groups + group
+        position = tl.load(index + batch).to(tl.int32)
+        kept = tl.load(keep + batch).to(tl.int32) if HAS_KEEP else 1
+        column = tl.arange(0, PADDED)
+        features = column < DIM
+        head, alone = tl.arange(0, QUERIES), tl.zeros([1], tl.int32)
+        if TURNED:
+            cosine = tl.load(cos + batch * angle_stride + column, mask=features, other=0.0).to(tl.float32)[None, :]
+            sine = tl.load(sin + batch * angle_stride + column, mask=features, other=0.0).to(tl.float32)[None, :]
+        else:
+            cosine, sine = None, None
+
+        query += batch * query_strides[0] + group * SHARED * query_strides[1]
+        key += batch * key_strides[0] + group * key_strides[1]
+        value += batch * value_strides[0] + group * value_strides[1]
+        queries = _load_turned(query, head, head < SHARED, query_strides[1], cosine, sine, TURNED, DIM, PADDED)[1]
+        queries = queries.to(query.dtype.element_ty)
+        new_key, near_key = _load_turned(key, alone, alone == 0, 0, cosine, sine, TURNED, DIM, PADDED)
+        new_value = _load_turned(value, alone, alone == 0, 0, None, None, False, DIM, PADDED)[0]
+        near_key = near_key.to(ring_key.dtype.element_ty)
+        ring_key += place * window * DIM
+        ring_value += place * window * DIM
+        at_ring = position % window
+        written = (column < DIM * kept)[None, :]  # nothing of a masked token
+        tl.store(ring_key + at_ring * DIM + column[None, :], near_key, mask=written)
+        tl.store(ring_value + at_ring * DIM + column[None, :], new_value.to(ring_value.dtype.element_ty), mask=written)
+
+        highest = tl.sum(queries.to(tl.float32) * near_key.to(tl.float32), 1) * (scale * LOG2_E)
+        total = tl.full([QUERIES], 1.0, tl.float32)
+        summed = tl.zeros([QUERIES, PADDED], tl.float32) + new_value
+
+        if MIXED:
+            number = position // BLOCK
+            within = position - number * BLOCK
+            completes = within == BLOCK - 1
+            blocks = S // SLOTS
+            held = tl.minimum(number, blocks) * SLOTS
+            # Rows of the block that leaves the view, or of the one that comes in its place; behind all others: none.
+            at_slots = tl.where(completes, number % blocks * SLOTS, held)
+            of_weight = tl.minimum(number, stored - 1)
+            key_weight += of_weight * key_weight_strides[1] + within * key_weight_strides[2]
+            value_weight += of_weight * value_weight_strides[1] + within * value_weight_strides[2]
+            if PER_GROUP:
+                key_weight += group * key_weight_strides[0]
+                value_weight += group * value_weight_strides[0]
+            slot_key += place * S * DIM
+            slot_value += place * S * DIM
+            block_key += place * SLOTS * DIM
+            block_value += place * SLOTS * DIM
+            for first in range(0, SLOTS, SLOT_TILE):
+                slot = first + tl.arange(0, SLOT_TILE)
+                inside = slot < SLOTS
+                weight = tl.load(key_weight + slot * key_weight_strides[3], mask=inside, other=0.0)
+                weight = weight.to(tl.float32)[:, None]
+                if TURNED:
+                    angle = batch * slot_angle_stride
+                    slot_cosine = _load_rows(slot_cos + angle, first, SLOTS, DIM, SLOT_TILE, DIM, PADDED).to(tl.float32)
+                    slot_sine = _load_rows(slot_sin + angle, first, SLOTS, DIM, SLOT_TILE, DIM, PADDED).to(tl.float32)
+                    new_turned = _load_turned(
+                        key, alone, alone == 0, 0, slot_cosine, slot_sine, True, DIM, PADDED)[1]
+                else:
+                    slot_cosine, slot_sine, new_turned = None, None, new_key
+                begun, turned = _load_turned(
+                    block_key, slot, inside, DIM, slot_cosine, slot_sine, TURNED, DIM, PADDED)
+                begun += weight * new_key
+                turned += weight * new_turned
+                weight = tl.load(value_weight + slot * value_weight_strides[3], mask=inside, other=0.0)
+                begun_value = _load_turned(block_value, slot, inside, DIM, None, None, False, DIM, PADDED)[0]
+                begun_value += weight.to(tl.float32)[:, None] * new_value
+                keys, values = turned.to(query.dtype.element_ty), begun_value.to(query.dtype.element_ty)
+                tl.debug_barrier()  # all threads have read the sums that some now overwrite
+                into = inside[:, None] & (column < DIM * kept)[None, :]
+                offset = slot[:, None] * DIM + column[None, :]
+                tl.store(block_key + offset, tl.where(completes, 0.0, begun), mask=into)
+                tl.store(block_value + offset, tl.where(completes, 0.0, begun_value), mask=into)
+                if completes:
+                    tl.store(slot_key + at_slots * DIM + offset, keys, mask=into)
+                    tl.store(slot_value + at_slots * DIM + offset, values, mask=into)
+                    scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+                    scores = tl.where(inside[None, :], scores, float("-inf"))
+                    highest, total, summed = _add_tile(highest, total, summed, scores, values, scale, PRECISION)
+            for at in range(0, held, KEYS):
+                row = at + tl.arange(0, KEYS)
+                keys = _load_rows(slot_key, at, held, DIM, KEYS, DIM, PADDED)
+                values = _load_rows(slot_value, at, held, DIM, KEYS, DIM, PADDED)
+                scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+                visible = (row < at_slots) | ((row >= at_slots + SLOTS) & (row < held))
+                scores = tl.where(visible[None, :], scores, float("-inf"))
+                highest, total, summed = _add_tile(highest, total, summed, scores, values, scale, PRECISION)
+
+        held = tl.minimum(position, window)
+        for at in range(0, held, KEYS):
+            row = at + tl.arange(0, KEYS)
+            keys = _load_rows(ring_key, at, held, DIM, KEYS, DIM, PADDED)
+            values = _load_rows(ring_value, at, held, DIM, KEYS, DIM, PADDED)
+            scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+            scores = tl.where(((row < held) & (row != at_ring))[None, :], scores, float("-inf"))
+            highest, total, summed = _add_tile(highest, total, summed, scores, values, scale, PRECISION)
+
+        output += (place * SHARED + head[:, None]) * DIM + column[None, :]
+        inside = (head < SHARED)[:, None] & features[None, :]
+        tl.store(output, (summed * (1 / total)[:, None]).to(output.dtype.element_ty), mask=inside)
+        if group == 0:
+            tl.store(seen + batch, (position + 1).to(tl.int64), mask=kept != 0)
+            if batch == 0:
+                tl.store(columns, tl.load(columns) + 1)

@@ -157,8 +157,8 @@ def test_caches_of_another_kind_are_refused(model):
     ids = torch.ones(1, 3, dtype=torch.long)
     with pytest.raises(ValueError, match="DynamicCache"):
         model.generate(ids, past_key_values=DynamicCache(config=model.config), **GREEDY, max_new_tokens=2)
-    with pytest.raises(ValueError, match="cache_implementation='static'"):
-        model.generate(ids, cache_implementation="static", **GREEDY, max_new_tokens=2)
+    with pytest.raises(ValueError, match="cache_implementation='offloaded'"):
+        model.generate(ids, cache_implementation="offloaded", **GREEDY, max_new_tokens=2)
     with pytest.raises(ValueError, match="[Aa]ssist|stateful"):
         model.generate(ids, prompt_lookup_num_tokens=2, **GREEDY, max_new_tokens=2)
 
