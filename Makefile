@@ -2,7 +2,8 @@
 # make test    the tests
 # make lint    ruff and pyright
 # make bench   the benchmarks
-# make bench-gpu   attention on a CUDA device beside its rivals, ten minutes: make bench-gpu TORCH=torch
+# make bench-gpu   attention on a CUDA device beside its rivals, twenty minutes: make bench-gpu TORCH=torch
+# make bench-models   whole models and decoding on a CUDA device beside transformers', half an hour
 # Everything lives in VENV, which is made on first use. A GPU build of torch: make setup TORCH=torch
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,13 +12,15 @@ TORCH ?= torch==2.13.0
 # this one interprets the kernels in the tests; it exists for Linux alone.
 TRITON ?= triton==3.9.0; sys_platform == 'linux'
 
-RESULT ?= benchmarks/results/attention_gpu_$(shell date +%Y%m).json
+RESULTS ?= benchmarks/results
+MONTH = $(shell date +%Y%m)
+RESULT ?= $(RESULTS)/attention_gpu_$(MONTH).json
 
 READY = $(VENV)/.ready
 # The commands need nothing but what is in this folder and in VENV.
 OFFLINE = HF_HUB_OFFLINE=1
 
-.PHONY: setup demo test lint bench bench-gpu
+.PHONY: setup demo test lint bench bench-gpu bench-models
 
 setup: $(READY)
 
@@ -45,3 +48,8 @@ bench: setup
 bench-gpu: setup
 	$(VENV)/bin/python -m pip install --quiet --no-deps fla-core==0.6.0 einops==0.8.2 linformer==0.2.3
 	$(OFFLINE) $(VENV)/bin/python -m benchmarks.attention_gpu $(RESULT)
+	$(OFFLINE) $(VENV)/bin/python -m benchmarks.attention_gpu $(RESULTS)/attention_both_ways_gpu_$(MONTH).json --bidirectional
+
+bench-models: setup
+	$(OFFLINE) $(VENV)/bin/python -m benchmarks.models_gpu $(RESULTS)/models_gpu_$(MONTH).json --seconds 1500
+	$(OFFLINE) $(VENV)/bin/python -m benchmarks.decoding_gpu $(RESULTS)/decoding_gpu_$(MONTH).json --seconds 900

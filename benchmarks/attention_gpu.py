@@ -1,24 +1,24 @@
-"""Causal attention on one GPU beside its rivals: ``python -m benchmarks.attention_gpu RESULT.json``, some minutes.
+"""Attention alone on one GPU beside its rivals: ``python -m benchmarks.attention_gpu RESULT.json``, some minutes.
 
 Measures two ceilings of the device (``ceilings``), checks our attention against float64 (``gate``; a variant of ours
 whose check is red is not timed), then times every variant at every shape with its peak memory and its error
 (``timing``), at short rows also replayed from a CUDA graph (``graphs``). ``--quick`` is for tuning: ours and cuDNN at
-the five lengths that have a target. Every row is written to RESULT.json as it comes; the tables stand in RESULT.md in
+the five lengths that have a target. ``--bidirectional`` measures the encoder's attention over k slots instead of the
+causal one. Every row is written to RESULT.json as it comes; the tables stand in RESULT.md in
 the end, and the last line printed is a summary in JSON. A variant that cannot run has the reason in its row.
 """
 
 import argparse
 import json
 import sys
-import time
 import warnings
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks import attention_gpu_bidirectional as bidirectional
 from benchmarks import attention_gpu_cases as cases
 from benchmarks import attention_gpu_gate as gate
 from benchmarks.attention_gpu_measure import (
@@ -27,15 +27,16 @@ from benchmarks.attention_gpu_measure import (
     measure_ceilings,
     measure_errors,
     measure_graph,
-    synchronize,
 )
 from benchmarks.attention_gpu_report import floor, line, page, summary
+from benchmarks.report_file import Report
 from linpass import attention_linformer, kernels_linformer
 
 PARTS = ("ceilings", "gate", "timing", "graphs")
 # Our ways to attend, by the names of their variants: what the gate stands before.
 GATED = {cases.OURS.name: kernels_linformer, cases.OURS_IN_PYTORCH.name: attention_linformer}
 LONGEST_GRAPH = 8192
+SECTIONS = ("gate", "timing", "graphs")
 
 
 class Plan(NamedTuple):
@@ -44,7 +45,8 @@ class Plan(NamedTuple):
     parts: tuple[str, ...] = PARTS
     shapes: tuple[cases.Shape, ...] = tuple(cases.SHAPES)
     variants: tuple[tuple[cases.Variant, ...], ...] = (cases.CORE, cases.OTHERS)
-    checks: tuple[gate.Case, ...] = gate.CASES
+    checks: tuple[Any, ...] = gate.CASES
+    theme: str = "attention_gpu"
     batch_tokens: int = 65536
     matmul: int = 8192
     copied: int = 2**32
@@ -57,43 +59,18 @@ QUICK = Plan(
     checks=gate.SHORT,
     repeats=Repeats(10, 0.1),
 )
+BIDIRECTIONAL = Plan(
+    shapes=bidirectional.SHAPES,
+    variants=(bidirectional.CORE, bidirectional.OTHERS),
+    checks=bidirectional.CASES,
+    theme="attention_gpu_bidirectional",
+)
+QUICK_BIDIRECTIONAL = BIDIRECTIONAL._replace(
+    variants=(bidirectional.CORE[:2],), checks=bidirectional.CASES[:2], repeats=QUICK.repeats
+)
 
 
-class Report:
-    """Rows as they come, on the screen and in the file; no row is begun when the time is over.
-
-    Rows that ``done``, an earlier result, holds are not measured again.
-    """
-
-    def __init__(self, path: Path, seconds: float, environment: dict, device: torch.device, done: dict | None = None):
-        self.path, self.device, self.ends = path, device, time.perf_counter() + seconds
-        sections = {"gate": [], "timing": [], "graphs": [], "left_out": []}
-        self.result = {"theme": "attention_gpu", "environment": environment, "ceilings": None, **sections}
-        self.done = done or sections
-
-    def add(self, section: str, names: dict, compute: Callable[[], dict]) -> dict | None:
-        for row in self.done[section]:
-            if "failed" not in row and names.items() <= row.items():
-                self.result[section].append(row)
-                return row
-        if time.perf_counter() > self.ends:
-            self.result["left_out"].append({"section": section} | names)
-            return None
-        try:
-            row = names | compute()
-            synchronize(self.device)
-        except Exception as error:  # one variant that this version or device cannot run must not end the others
-            row = names | {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-        self.result[section].append(row)
-        self.write()
-        print(line(row), flush=True)
-        return row
-
-    def write(self) -> None:
-        self.path.write_text(json.dumps(self.result, indent=1) + "\n")
-
-
-def check_all(report: Report, plan: Plan) -> set[str]:
+def check_all(report: Report, plan: Plan, device: torch.device) -> set[str]:
     """Names of our variants whose checks are not all green; the slower PyTorch functions have two cases only."""
     compared = {variant.name for group in plan.variants for variant in group}
     red = set()
@@ -103,17 +80,24 @@ def check_all(report: Report, plan: Plan) -> set[str]:
         checks = plan.checks if name == cases.OURS.name else plan.checks[:2]
         # PyTorch's own fused backward passes add in any order.
         same_bits = name == cases.OURS.name
-        calls = {case.name: (gate.check, module.mix_and_attend, case, report.device, same_bits) for case in checks}
-        calls["causality"] = (gate.check_causality, module.mix_and_attend, report.device)
-        for case, (function, *arguments) in calls.items():
-            row = report.add("gate", {"variant": name, "case": case}, partial(function, *arguments))
+        if plan.theme == "attention_gpu":
+            calls = {case.name: partial(gate.check, module.mix_and_attend, case, device, same_bits) for case in checks}
+            calls["causality"] = partial(gate.check_causality, module.mix_and_attend, device)
+        else:
+            calls = {case.name: partial(bidirectional.check, module, case, device, same_bits) for case in checks}
+        for case, call in calls.items():
+            row = report.add("gate", {"variant": name, "case": case}, call)
             if not row or not row.get("passed"):
                 red.add(name)
     return red
 
 
 def time_one(
-    report: Report, plan: Plan, variant: cases.Variant, shape: cases.Shape, inputs: list[torch.Tensor]
+    report: Report,
+    plan: Plan,
+    variant: cases.Variant,
+    shape: cases.Shape,
+    inputs: list[torch.Tensor],
 ) -> None:
     """A row of times, memory, errors, and for ours the floor; errors past the limits of the tests are not timed."""
 
@@ -122,8 +106,8 @@ def time_one(
         errors = measure_errors(attention, shape)
         if variant.name in GATED and not errors["passed"]:
             return errors | {"failed": "its errors are past the limits of the tests: not timed"}
-        row = measure(attention, report.device, plan.repeats) | errors
-        if variant is cases.OURS and (ceilings := report.result["ceilings"]):
+        row = measure(attention, inputs[0].device, plan.repeats) | errors
+        if variant.name == cases.OURS.name and (ceilings := report.result["ceilings"]):
             rates = 1e12 * ceilings["matmul_tflop_per_s"], 1e12 * ceilings["copy_tbyte_per_s"]
             row |= floor(shape, len(inputs[0]), *rates)
             row["over_floor"] = round(row["both_ms"][0] / row["floor_ms"], 2)
@@ -132,28 +116,28 @@ def time_one(
     report.add("timing", shape.named() | {"variant": variant.name}, compute)
 
 
-def time_all(report: Report, plan: Plan, red: set[str]) -> None:
+def time_all(report: Report, plan: Plan, red: set[str], device: torch.device) -> None:
     """For each width of heads: ours and the full attentions next to each other in time; then graphs; then the rest."""
     for width in dict.fromkeys((shape.heads, shape.dim) for shape in plan.shapes):
         shapes = [shape for shape in plan.shapes if (shape.heads, shape.dim) == width]
         for number, group in enumerate(plan.variants):
             for shape in shapes if "timing" in plan.parts else ():
                 variants = [variant for variant in group if variant.measured_at(shape) and variant.name not in red]
-                inputs = inputs_for(shape, plan, report.device) if variants else []
+                inputs = inputs_for(shape, plan, device) if variants else []
                 for variant in variants:
                     time_one(report, plan, variant, shape, inputs)
-            if number == 0 and "graphs" in plan.parts and report.device.type == "cuda":
-                replay_all(report, plan, shapes, red)
+            if number == 0 and "graphs" in plan.parts and device.type == "cuda":
+                replay_all(report, plan, shapes, red, device)
 
 
-def replay_all(report: Report, plan: Plan, shapes: list[cases.Shape], red: set[str]) -> None:
+def replay_all(report: Report, plan: Plan, shapes: list[cases.Shape], red: set[str], device: torch.device) -> None:
     """Ours and cuDNN without the time to launch, at short rows."""
     for shape in (shape for shape in shapes if shape.tokens <= LONGEST_GRAPH):
-        inputs = inputs_for(shape, plan, report.device)
-        for variant in (variant for variant in (cases.OURS, cases.CUDNN) if variant.name not in red):
+        inputs = inputs_for(shape, plan, device)
+        for variant in (variant for variant in plan.variants[0][:2] if variant.name not in red):
 
             def compute(build=variant.build, shape=shape, inputs=inputs) -> dict:
-                return measure_graph(build(shape, inputs), report.device, plan.repeats)
+                return measure_graph(build(shape, inputs), device, plan.repeats)
 
             report.add("graphs", shape.named() | {"variant": variant.name}, compute)
 
@@ -180,9 +164,9 @@ def run(
     path: Path, plan: Plan, device: torch.device, seconds: float, command: str = "", done: dict | None = None
 ) -> dict:
     """All parts of the plan; writes RESULT.json and RESULT.md, and returns the result."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    report = Report(path, seconds, describe(device, plan, command), device, done)
+    report = Report(path, seconds, plan.theme, describe(device, plan, command), SECTIONS, line, done)
+    report.result["ceilings"] = None
     if done and done["ceilings"]:
         report.result["ceilings"] = done["ceilings"]
     elif "ceilings" in plan.parts:
@@ -192,16 +176,14 @@ def run(
     if "gate" not in plan.parts:  # nothing is timed without a check
         plan = plan._replace(checks=plan.checks[:2])
     if set(plan.parts) != {"ceilings"}:
-        time_all(report, plan, check_all(report, plan))
+        time_all(report, plan, check_all(report, plan, device), device)
     report.write()
     path.with_suffix(".md").write_text(page(report.result))
     return report.result
 
 
 def main(words: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description="Causal attention on one GPU, bfloat16: errors, times, memory, floors."
-    )
+    parser = argparse.ArgumentParser(description="Attention alone on one GPU, bfloat16: errors, times, memory, floors.")
     parser.add_argument("result", type=Path, help="JSON file to write; the tables go beside it, with .md")
     parser.add_argument("--seconds", type=float, default=540, help="begin nothing after so long (default: 540)")
     parser.add_argument("--only", help=f"some of the parts, with commas between: {','.join(PARTS)}")
@@ -209,8 +191,12 @@ def main(words: list[str] | None = None) -> None:
         "--resume", type=Path, help="an earlier RESULT.json of the same version and device: its rows are kept"
     )
     parser.add_argument("--quick", action="store_true", help="for tuning: ours and cuDNN at the lengths with a target")
+    parser.add_argument("--bidirectional", action="store_true", help="the encoder's attention over k slots")
     arguments = parser.parse_args(words)
-    plan = QUICK if arguments.quick else Plan()
+    if arguments.bidirectional:
+        plan = QUICK_BIDIRECTIONAL if arguments.quick else BIDIRECTIONAL
+    else:
+        plan = QUICK if arguments.quick else Plan()
     if arguments.only:
         plan = plan._replace(parts=tuple(arguments.only.split(",")))
         if not set(plan.parts) <= set(PARTS):
@@ -221,6 +207,8 @@ def main(words: list[str] | None = None) -> None:
         parser.error("needs Triton: without it PyTorch's way would be measured under the kernels' name")
     warnings.simplefilter("ignore")  # a back end that is asked for and refuses says why in warnings, row by row
     done = json.loads(arguments.resume.read_text()) if arguments.resume else None
+    if done and done["theme"] != plan.theme:
+        parser.error(f"--resume {arguments.resume} is a result of {done['theme']}, not of {plan.theme}")
     words = [Path(word).name if word.endswith(".json") else word for word in (sys.argv[1:] if words is None else words)]
     command = " ".join(["python -m benchmarks.attention_gpu", *words])
     result = run(arguments.result, plan, torch.device("cuda"), arguments.seconds, command, done)

@@ -50,6 +50,19 @@ class Shape(NamedTuple):
         blocks = self.tokens // self.block
         return BlockLayout(self.block, self.window, self.slots // blocks, blocks)
 
+    @property
+    def bidirectional(self) -> bool:
+        """Without a window: one block of all tokens, whose slots every query sees."""
+        return not self.window
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of a query and a slot or token that it sees."""
+        if self.bidirectional:
+            return self.tokens * self.slots
+        b, w, r, view = self.layout[:4]
+        return sum(min(t + 1, w) + r * min((t + 1) // b, view) for t in range(self.tokens))
+
     def named(self) -> dict:
         return {
             "heads": self.heads,
@@ -127,6 +140,10 @@ def causal_truth(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return attention_linformer.attend_visible(query, key, value, visible)[0]
 
 
+def full_truth(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return attention_linformer.attend_visible(query, key, value)[0]
+
+
 MIXED = ("query", "key", "value", "E", "F")
 
 
@@ -143,15 +160,15 @@ def with_module(module) -> Callable[[Shape, list[Tensor]], Attention]:
 
 
 def with_backend(backend: SDPBackend) -> Callable[[Shape, list[Tensor]], Attention]:
-    """Full causal attention by one of PyTorch's back ends; on a CPU by the one that it has."""
+    """Full attention, causal where the shape is, by one of PyTorch's back ends; on a CPU by the one that it has."""
 
     def build(shape: Shape, inputs: list[Tensor]) -> Attention:
         def forward(query, key, value):
             with sdpa_kernel(backend) if query.is_cuda else nullcontext():
-                return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+                return F.scaled_dot_product_attention(query, key, value, is_causal=not shape.bidirectional)
 
-        truth = causal_truth if shape.tokens <= LONGEST_DENSE_TRUTH else None
-        return Attention(forward, inputs[:3], truth=truth)
+        truth = full_truth if shape.bidirectional else causal_truth
+        return Attention(forward, inputs[:3], truth=truth if shape.tokens <= LONGEST_DENSE_TRUTH else None)
 
     return build
 

@@ -42,13 +42,13 @@ def milliseconds(call: Callable[[], object], device: torch.device, repeats: Repe
     for _ in range(min(repeats.least, int(0.05 / once))):  # clocks rise under load
         call()
     count = min(5 * repeats.least, max(repeats.least, int(repeats.seconds / once)))
-    times = _times(call, device, 5 if 1e3 * once > LONG_MS else count)
+    times = call_times(call, device, 5 if 1e3 * once > LONG_MS else count)
     low, middle, high = statistics.quantiles(times, n=4)
     return [round(value, 4) for value in (middle, low, high)]
 
 
-def _times(call: Callable[[], object], device: torch.device, count: int) -> list[float]:
-    """Milliseconds of each repeat."""
+def call_times(call: Callable[[], object], device: torch.device, count: int) -> list[float]:
+    """Milliseconds of each of ``count`` calls."""
     if device.type != "cuda":
         marks = [time.perf_counter()]
         for _ in range(count):
@@ -151,6 +151,6 @@ def measure_ceilings(device: torch.device, repeats: Repeats, matmul: int, copied
     target = torch.empty_like(source)
     copy_ms = milliseconds(lambda: target.copy_(source), device, repeats)[0]
     return {
-        "matmul_tflop_per_s": round(2 * matmul**3 / product_ms / 1e9, 4),
-        "copy_tbyte_per_s": round(2 * copied / copy_ms / 1e9, 4),  # read and written
+        "matmul_tflop_per_s": float(f"{2 * matmul**3 / product_ms / 1e9:.7g}"),
+        "copy_tbyte_per_s": float(f"{2 * copied / copy_ms / 1e9:.5g}"),  # read and written
     }

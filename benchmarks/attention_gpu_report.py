@@ -1,10 +1,46 @@
 """What an attention call must cost at least, and the page of tables that measurements on a GPU become."""
 
-from benchmarks.attention_gpu_cases import CUDNN, FLASH, OURS, Shape
+from typing import NamedTuple
 
-# Forward and backward over cuDNN's full causal attention, 8 heads of 64: what the project set out to reach.
-TARGETS = {512: 1.0, 2048: 1.5, 8192: 4.0, 32768: 12.0, 65536: 25.0}
-MEMORY_TARGET = 1.3  # peak memory over that of flash attention at n = 512
+from benchmarks.attention_gpu_cases import CUDNN, FLASH, OURS, Shape
+from benchmarks.report_file import table
+
+
+class Theme(NamedTuple):
+    """What a result is about: the names of its rivals, and ``targets``, how often as fast as cuDNN by n, 8 heads of 64.
+
+    ``memory`` is the limit of our peak memory at n = 512 over that of flash attention.
+    """
+
+    title: str
+    kind: str
+    sizes: str
+    cudnn: str
+    flash: str
+    targets: dict[int, float]
+    memory: float | None
+
+
+THEMES = {
+    "attention_gpu": Theme(
+        title="Causal attention",
+        kind="full causal attention",
+        sizes="w = 128, E and F learned, shared by the heads, with mixing and their gradients in the time",
+        cudnn=CUDNN.name,
+        flash=FLASH.name,
+        targets={512: 1.0, 2048: 1.5, 8192: 4.0, 32768: 12.0, 65536: 25.0},
+        memory=1.3,
+    ),
+    "attention_gpu_bidirectional": Theme(
+        title="Bidirectional attention",
+        kind="full bidirectional attention",
+        sizes="E and F learned, [n, k], shared by the heads, with mixing and their gradients in the time",
+        cudnn="cuDNN full",
+        flash="flash full",
+        targets={512: 1.3, 2048: 2.5, 8192: 8.0, 32768: 30.0, 65536: 35.0},
+        memory=None,
+    ),
+}
 
 
 def floor(shape: Shape, batch: int, flop_per_s: float, bytes_per_s: float) -> dict:
@@ -14,8 +50,7 @@ def floor(shape: Shape, batch: int, flop_per_s: float, bytes_per_s: float) -> di
     the mixing, 2·b·r·D a block for keys and for values, twice that backward. Bytes: inputs (queries, keys, values, E,
     F; backward also the gradient of the output) read once, outputs (backward: five gradients) written once.
     """
-    b, w, r, view = shape.layout[:4]
-    pairs = sum(min(t + 1, w) + r * min((t + 1) // b, view) for t in range(shape.tokens))
+    b, r, pairs = shape.block, shape.layout.slots_per_block, shape.pairs
     mixing = 4 * (shape.tokens // b) * b * r * shape.dim
     rows = batch * shape.heads
     states, weights = 2 * rows * shape.tokens * shape.dim, 2 * (shape.tokens // b) * b * r
@@ -58,28 +93,28 @@ def timed(result: dict) -> dict[tuple, dict]:
     return {(row["heads"], row["dim"], row["n"], row["variant"]): row for row in rows}
 
 
-def speed_up(rows: dict[tuple, dict], heads: int, dim: int, n: int) -> float | None:
-    """Forward and backward of cuDNN's full causal attention over ours."""
-    ours, theirs = rows.get((heads, dim, n, OURS.name)), rows.get((heads, dim, n, CUDNN.name))
+def speed_up(rows: dict[tuple, dict], theme: Theme, heads: int, dim: int, n: int) -> float | None:
+    """Forward and backward of cuDNN's full attention over ours."""
+    ours, theirs = rows.get((heads, dim, n, OURS.name)), rows.get((heads, dim, n, theme.cudnn))
     return round(theirs["both_ms"][0] / ours["both_ms"][0], 3) if ours and theirs else None
 
 
-def memory_ratio(rows: dict[tuple, dict], n: int = 512) -> float | None:
+def memory_ratio(rows: dict[tuple, dict], theme: Theme, n: int = 512) -> float | None:
     """Peak memory of ours over flash attention's, 8 heads of 64."""
-    ours, theirs = rows.get((8, 64, n, OURS.name)), rows.get((8, 64, n, FLASH.name))
+    ours, theirs = rows.get((8, 64, n, OURS.name)), rows.get((8, 64, n, theme.flash))
     return round(ours["peak_MiB"] / theirs["peak_MiB"], 3) if ours and theirs and theirs["peak_MiB"] else None
 
 
 def summary(result: dict) -> dict:
     """The answers in short: speed-ups and whether they meet their targets, distance from the floor, what failed."""
-    rows = timed(result)
-    found = {n: speed_up(rows, 8, 64, n) for n in TARGETS}
+    rows, theme = timed(result), THEMES[result["theme"]]
+    found = {n: speed_up(rows, theme, 8, 64, n) for n in theme.targets}
     checked = [row for row in result["gate"] if "passed" in row]
     return {
         "over_cudnn": {n: ratio for n, ratio in found.items() if ratio},
-        "met": {n: ratio >= TARGETS[n] for n, ratio in found.items() if ratio},
+        "met": {n: ratio >= theme.targets[n] for n, ratio in found.items() if ratio},
         "over_floor": {f"{h}x{d} {n}": row["over_floor"] for (h, d, n, _), row in rows.items() if "over_floor" in row},
-        "memory_over_flash_at_512": memory_ratio(rows),
+        "memory_over_flash_at_512": memory_ratio(rows, theme),
         "red": [[row["variant"], row["case"]] for row in checked if not row["passed"]],
         "failed": [[row["variant"], row.get("n") or row.get("case")] for row in all_rows(result) if "failed" in row],
         "left_out": len(result["left_out"]),
@@ -92,16 +127,15 @@ def all_rows(result: dict) -> list[dict]:
 
 def page(result: dict) -> str:
     """All tables, as Markdown."""
-    where, ceilings = result["environment"], result["ceilings"]
+    where, ceilings, theme = result["environment"], result["ceilings"], THEMES[result["theme"]]
     lines = [
-        f"# Causal attention on one GPU, {where['date']}",
+        f"# {theme.title} on one GPU, {where['date']}",
         "",
         f"{where['hardware']}; torch {where['torch']}, Triton {where['triton']}, cuDNN {where['cudnn']}, linpass "
         f"{where['linpass']} ({where['commit'] or 'commit unknown'}). Command: `{where['command']}`.",
         "",
-        f"bfloat16, {where['batch_tokens']:,} tokens a batch (one row beyond that), attention alone; w = 128, E and F "
-        "learned, shared by the heads, with mixing and their gradients in the time. Medians of at least "
-        f"{where['repeats']} repeats, of 5 where one takes more than 0.1 s.",
+        f"bfloat16, {where['batch_tokens']:,} tokens a batch (one row beyond that), attention alone; {theme.sizes}. "
+        f"Medians of at least {where['repeats']} repeats, of 5 where one takes more than 0.1 s.",
     ]
     if ceilings:
         lines += [
@@ -112,14 +146,10 @@ def page(result: dict) -> str:
     rows = timed(result)
     for heads, dim in dict.fromkeys(key[:2] for key in rows):
         here = {key: row for key, row in rows.items() if key[:2] == (heads, dim)}
-        lines += [*times_table(here, f"## {heads} heads of {dim}"), *ours_table(here), *memory_table(here)]
-    lines += [*graphs_table(result), *gate_table(result), *notes(result)]
+        lines += [*times_table(here, f"## {heads} heads of {dim}"), *ours_table(here, theme)]
+        lines += memory_table(here, theme)
+    lines += [*graphs_table(result, theme), *gate_table(result), *notes(result)]
     return "\n".join(lines) + "\n"
-
-
-def table(head: list, body: list[list]) -> list[str]:
-    rows = [head, ["---"] * len(head), *body]
-    return ["", *("| " + " | ".join("" if cell is None else str(cell) for cell in row) + " |" for row in rows)]
 
 
 def by_length(rows: dict[tuple, dict], cell) -> list[str]:
@@ -136,14 +166,14 @@ def times_table(rows: dict[tuple, dict], title: str) -> list[str]:
     return ["", title, "", "Milliseconds, forward and backward (forward):", *cells]
 
 
-def ours_table(rows: dict[tuple, dict]) -> list[str]:
+def ours_table(rows: dict[tuple, dict], theme: Theme) -> list[str]:
     """Speed-up with target, and the distance from the floor."""
     body = []
     for heads, dim, n, variant in sorted(rows):
-        row, target = rows[heads, dim, n, variant], TARGETS.get(n) if (heads, dim) == (8, 64) else None
+        row, target = rows[heads, dim, n, variant], theme.targets.get(n) if (heads, dim) == (8, 64) else None
         if variant != OURS.name:
             continue
-        ratio = speed_up(rows, heads, dim, n)
+        ratio = speed_up(rows, theme, heads, dim, n)
         met = None if target is None or ratio is None else "yes" if ratio >= target else "no"
         sizes, bound = f"{row['k']}, {row['b']}, {row['r']}", row.get("bound_by", {})
         quartiles = f"{row['both_ms'][0]} [{row['both_ms'][1]}, {row['both_ms'][2]}]"
@@ -154,13 +184,11 @@ def ours_table(rows: dict[tuple, dict]) -> list[str]:
         return []
     head = ["n", "k, b, r", "ms [quartiles]", "ms to enqueue", "× cuDNN", "target", "met"]
     head += ["floor ms", "× floor", "floor is (forward, backward)"]
-    text = (
-        "linpass, forward and backward, against cuDNN's full causal attention, and against the least that any version"
-    )
-    return ["", f"{text} can take:", *table(head, body)]
+    text = f"linpass, forward and backward, against cuDNN's {theme.kind}, and against the least that any way can take:"
+    return ["", text, *table(head, body)]
 
 
-def memory_table(rows: dict[tuple, dict]) -> list[str]:
+def memory_table(rows: dict[tuple, dict], theme: Theme) -> list[str]:
     lines = [
         "",
         "Peak memory beyond inputs and their gradients, MiB (equal numbers are linear in n):",
@@ -170,23 +198,23 @@ def memory_table(rows: dict[tuple, dict]) -> list[str]:
     if worst:
         lines += ["", "Largest relative error of output and gradients against float64:"]
         lines += by_length(worst, lambda row: max(row["errors"].values()))
-    ratio = memory_ratio(rows)
+    ratio, target = memory_ratio(rows, theme), f" (target: {theme.memory})" if theme.memory else ""
     if ratio:
-        lines += ["", f"At n = 512 linpass takes {ratio} × the memory of flash attention (target: {MEMORY_TARGET})."]
+        lines += ["", f"At n = 512 linpass takes {ratio} × the memory of flash attention{target}."]
     return lines
 
 
-def graphs_table(result: dict) -> list[str]:
+def graphs_table(result: dict, theme: Theme) -> list[str]:
     found = {(r["heads"], r["dim"], r["n"], r["variant"]): r.get("graph_ms", [None])[0] for r in result["graphs"]}
     body = []
     for heads, dim, n in sorted({key[:3] for key in found}):
-        ours, theirs = (found.get((heads, dim, n, variant.name)) for variant in (OURS, CUDNN))
+        ours, theirs = (found.get((heads, dim, n, name)) for name in (OURS.name, theme.cudnn))
         ratio = round(theirs / ours, 3) if ours and theirs else None
-        body.append([heads, dim, n, ours, theirs, ratio, TARGETS.get(n) if (heads, dim) == (8, 64) else None])
+        body.append([heads, dim, n, ours, theirs, ratio, theme.targets.get(n) if (heads, dim) == (8, 64) else None])
     if not body:
         return []
     text = "Forward and backward replayed from a CUDA graph, so without the time that Python needs to launch them:"
-    head = ["heads", "of", "n", f"{OURS.name} ms", f"{CUDNN.name} ms", "× cuDNN", "target"]
+    head = ["heads", "of", "n", f"{OURS.name} ms", f"{theme.cudnn} ms", "× cuDNN", "target"]
     return ["", "## Without launch times", "", text, *table(head, body)]
 
 

@@ -1,11 +1,13 @@
 """The harness of benchmarks.attention_gpu, with tiny shapes on a CPU: it refuses wrong results and counts floors."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import attention_gpu, attention_gpu_report
+from benchmarks import attention_gpu_bidirectional as bidirectional
 from benchmarks import attention_gpu_cases as cases
 from benchmarks import attention_gpu_gate as gate
 from benchmarks.attention_gpu_measure import Repeats
@@ -150,3 +152,50 @@ def test_floor_counts_the_visible_pairs():
     weights = 2 * SHAPE.tokens * r  # bytes of E or F
     limited = attention_gpu_report.floor(SHAPE, 3, flop_per_s=1e15, bytes_per_s=1e6)
     assert limited["floor_ms"] == pytest.approx((11 * states + 6 * weights) / 1e3, abs=1e-3)
+
+
+def attend_slots(query, key, value, count=None):
+    """Attention over slots by PyTorch's own function."""
+    visible = None if count is None else (torch.arange(key.shape[2]) < count[:, None])[:, None, None]
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (states.repeat_interleave(repeats, 1) for states in (key, value))
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=visible)
+
+
+SMALL_SLOTS = bidirectional.Case("tiny", 77, 10, dim=16, heads=4, groups=2, sets=2, counts=(10, 3))
+
+
+def test_the_encoders_attention_has_a_theme_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels_linformer, "attend_slots", attend_slots, raising=False)
+    plan = attention_gpu.BIDIRECTIONAL._replace(
+        shapes=(cases.Shape(8, 64, 512, 128, block=512, window=0),),
+        variants=(bidirectional.CORE,),
+        checks=(SMALL_SLOTS,),
+        **{name: getattr(TINY, name) for name in ("batch_tokens", "matmul", "copied", "repeats")},
+    )
+    result = attention_gpu.run(tmp_path / "both.json", plan, CPU, seconds=60)
+    assert [row["variant"] for row in result["timing"] if row["passed"]] == ["linpass", "cuDNN full", "flash full"]
+    ours, theirs = result["timing"][:2]
+    found = attention_gpu_report.summary(result)
+    assert found["over_cudnn"] == {512: round(theirs["both_ms"][0] / ours["both_ms"][0], 3)}
+    assert found["met"] == {512: found["over_cudnn"][512] >= 1.3}
+    assert "# Bidirectional attention" in (tmp_path / "both.md").read_text()
+
+
+def test_the_gate_of_slots_sees_a_slot_that_is_not_held():
+    assert bidirectional.check(SimpleNamespace(attend_slots=attend_slots), SMALL_SLOTS, CPU)["passed"]
+
+    def sees_all(query, key, value, count=None):
+        return attend_slots(query, key, value)
+
+    row = bidirectional.check(SimpleNamespace(attend_slots=sees_all), SMALL_SLOTS, CPU)
+    assert not row["passed"]
+
+
+def test_every_query_is_paired_with_every_slot():
+    shape = bidirectional.SHAPES[0]
+    assert shape.bidirectional
+    assert shape.pairs == 512 * 128
+    flop = 3 * shape.heads * (14 * shape.dim * shape.pairs + 12 * shape.tokens * shape.slots * shape.dim)
+    limited = attention_gpu_report.floor(shape, 3, flop_per_s=1e6, bytes_per_s=1e15)
+    assert limited["floor_ms"] == pytest.approx(flop / 1e3, rel=1e-6)

@@ -1,0 +1,131 @@
+"""The page of tables that measurements of decoding become, targets beside figures."""
+
+from benchmarks.models_gpu_report import profile_tables, spread
+from benchmarks.report_file import table
+
+# Latency of a token behind the longest context over that behind the shortest; tokens/s over Llama's at one situation.
+FLAT, SHORTEST, LONGEST = 1.1, 512, 131072
+FASTER, FASTER_AT = 5.0, (32768, 64)
+OURS, THEIRS = "linpass", "Llama"
+
+
+def line(row: dict) -> str:
+    """A row for the screen."""
+    words = [row["variant"], f"context {row['context']} x {row['batch']}"]
+    if "ms" in row:
+        words.append(f"{row['ms'][0]} ms a token, {row['tokens_per_s']:,.0f} tokens/s, cache {row['cache_bytes']:,} B")
+    return ", ".join([*words, *([f"failed: {row['failed']}"] if "failed" in row else [])])
+
+
+def measured(result: dict) -> dict[tuple, dict]:
+    """Rows with times by context, batch and variant."""
+    rows = (row for row in result["decoding"] if "ms" in row)
+    return {(row["context"], row["batch"], row["variant"]): row for row in rows}
+
+
+def best(rows: dict[tuple, dict], context: int, batch: int, model: str) -> dict | None:
+    """The fastest way of one model."""
+    found = [row for key, row in rows.items() if key[:2] == (context, batch) and key[2].startswith(f"{model},")]
+    return min(found, key=lambda row: row["ms"][0], default=None)
+
+
+def flatness(rows: dict[tuple, dict]) -> dict[str, float]:
+    """Latency behind the longest context over that behind the shortest, by way and batch."""
+    pairs = ((batch, name, rows.get((SHORTEST, batch, name))) for context, batch, name in rows if context == LONGEST)
+    return {
+        f"{name} x {batch}": round(rows[LONGEST, batch, name]["ms"][0] / short["ms"][0], 3)
+        for batch, name, short in pairs
+        if short
+    }
+
+
+def over_llama(rows: dict[tuple, dict]) -> dict[tuple[int, int], float]:
+    """Tokens a second of our fastest way over those of Llama's, by context and batch."""
+    found = {}
+    for context, batch in sorted({key[:2] for key in rows}):
+        ours, theirs = (best(rows, context, batch, model) for model in (OURS, THEIRS))
+        if ours and theirs:
+            found[context, batch] = round(ours["tokens_per_s"] / theirs["tokens_per_s"], 3)
+    return found
+
+
+def targets(result: dict) -> list[list]:
+    """What was to be reached, the figure, the target, and whether it is met; without the figures that are missing."""
+    rows, found = measured(result), []
+    for batch in sorted({key[1] for key in rows}):
+        ways = {name: ratio for name, ratio in flatness(rows).items() if name.endswith(f" x {batch}")}
+        fastest = best(rows, LONGEST, batch, OURS)
+        ratio = ways.get(f"{fastest['variant']} x {batch}") if fastest else None
+        if fastest and ratio is not None:
+            text = f"latency at {LONGEST:,} over that at {SHORTEST}, batch {batch} ({fastest['variant']})"
+            found.append([text, ratio, f"≤ {FLAT}", ratio <= FLAT])
+    ratio = over_llama(rows).get(FASTER_AT)
+    if ratio is not None:
+        text = f"tokens/s over Llama's at {FASTER_AT[0]:,}, batch {FASTER_AT[1]}, each in its fastest way"
+        found.append([text, ratio, f"≥ {FASTER}", ratio >= FASTER])
+    return found
+
+
+def summary(result: dict) -> dict:
+    """The answers in short."""
+    rows = measured(result)
+    return {
+        "targets": targets(result),
+        "over_llama": {f"{context} x {batch}": ratio for (context, batch), ratio in over_llama(rows).items()},
+        "flatness": flatness(rows),
+        "failed": [[row["variant"], row["context"], row["batch"]] for row in result["decoding"] if "failed" in row],
+        "left_out": len(result["left_out"]),
+    }
+
+
+def page(result: dict) -> str:
+    """All tables, as Markdown."""
+    where = result["environment"]
+    size, ours, count = where["size"], where["linformer"], where["parameters"]
+    lines = [
+        f"# Decoding on one GPU, {where['date']}",
+        "",
+        f"{where['hardware']}; torch {where['torch']}, transformers {where['transformers']}, linpass "
+        f"{where['linpass']} ({where['commit'] or 'commit unknown'}). Command: `{where['command']}`.",
+        "",
+        f"{size['embed_dim']} wide, {size['depth']} layers, {size['heads']} heads, vocabulary {size['vocab_size']:,}; "
+        f"linpass {count['linpass']:,} parameters, Llama {count['Llama']:,}; bfloat16, random weights. One Linformer "
+        f"behind all contexts: seq_length = {ours['seq_length']:,}, k = {ours['k']}, b = {ours['block_size']}, "
+        f"w = {ours['window_size']}. Its contexts are real prefills of random ids; Llama's are random numbers written "
+        "into its caches, in the shapes of a real context. Ways of one context and batch are timed in turns, "
+        f"{where['rounds']} × {where['tokens']} tokens; medians [quartiles] of the milliseconds of a token. Every way "
+        "but `generate` gives the logits of its model's eager way for the same tokens, or it is not timed. Compiled: "
+        '`torch.compile(mode="reduce-overhead", fullgraph=True)`. Llama attends through sdpa.',
+    ]
+    rows = measured(result)
+    for batch in sorted({key[1] for key in rows}):
+        lines += batch_table({key: row for key, row in rows.items() if key[1] == batch}, batch)
+    body = [[text, figure, target, "yes" if met else "no"] for text, figure, target, met in targets(result)]
+    lines += ["", "## Targets", *table(["", "figure", "target", "met"], body)] if body else []
+    lines += [*profile_tables(result["decoding"], line), *notes(result)]
+    return "\n".join(lines) + "\n"
+
+
+def batch_table(rows: dict[tuple, dict], batch: int) -> list[str]:
+    contexts = sorted({key[0] for key in rows})
+    names = dict.fromkeys(key[2] for key in rows)
+    found = {(context, name): row for (context, _, name), row in rows.items()}
+    head = ["way", *(f"{context:,}" for context in contexts)]
+
+    def cells(cell) -> list[list]:
+        return [[name, *(cell(found[c, name]) if (c, name) in found else None for c in contexts)] for name in names]
+
+    speed_up = over_llama(rows)
+    ratios = [["fastest linpass × fastest Llama", *(speed_up.get((context, batch)) for context in contexts)]]
+    return [
+        *("", f"## Batch {batch}", "", "Milliseconds of a token [quartiles], by context:", *table(head, cells(spread))),
+        *("", "Tokens per second:", *table(head, cells(lambda row: f"{row['tokens_per_s']:,.0f}") + ratios)),
+        *("", "Bytes of the cache:", *table(head, cells(lambda row: f"{row['cache_bytes']:,}"))),
+    ]
+
+
+def notes(result: dict) -> list[str]:
+    failed = [f"- {line(row)}" for row in result["decoding"] if "failed" in row]
+    left = [f"- {line(names)}" for names in result["left_out"]]
+    lines = ["", "Failed, or too large for the memory:", "", *failed] if failed else []
+    return lines + (["", "Left out for want of time:", "", *left] if left else [])

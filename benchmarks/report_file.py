@@ -1,0 +1,90 @@
+"""Rows of measurements as they come, on the screen and in a JSON file, within a limit of time."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+class Report:
+    """Sections of rows; no row is begun when the time is over, and a row that fails says why and ends nothing.
+
+    Rows that ``done``, an earlier result, holds are not measured again, except those that failed for another reason
+    than memory.
+
+    Args:
+        path: JSON file, written anew after every row.
+        seconds: after so long nothing is begun.
+        line: a row, as text for the screen.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        seconds: float,
+        theme: str,
+        environment: dict,
+        sections: tuple[str, ...],
+        line: Callable[[dict], str],
+        done: dict | None = None,
+    ):
+        self.path, self.line, self.ends = path, line, time.perf_counter() + seconds
+        self.result = {"theme": theme, "environment": environment}
+        self.result |= {section: [] for section in (*sections, "left_out")}
+        self.done = done or {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def add(self, section: str, names: dict, compute: Callable[[], dict]) -> dict | None:
+        """One row: an earlier one, or what ``compute`` returns; None where the time is over."""
+        row = self.earlier(section, names)
+        if row is not None:
+            self.result[section].append(row)
+            return row
+        if self.is_over():
+            self.leave_out(section, names)
+            return None
+        try:
+            row = names | compute()
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()  # what fails on the device fails here, not in the next row
+        except Exception as error:  # one variant that this version or device cannot run must not end the others
+            row = names | failure(error)
+        self.put(section, row)
+        return row
+
+    def put(self, section: str, row: dict) -> None:
+        self.result[section].append(row)
+        self.write()
+        print(self.line(row), flush=True)
+
+    def leave_out(self, section: str, names: dict) -> None:
+        self.result["left_out"].append({"section": section} | names)
+        self.write()
+
+    def earlier(self, section: str, names: dict) -> dict | None:
+        """The row of an earlier result that need not be measured again."""
+        rows = [row for row in self.done.get(section) or [] if names.items() <= row.items()]
+        return next((row for row in rows if "failed" not in row or has_no_room(row)), None)
+
+    def is_over(self) -> bool:
+        return time.perf_counter() > self.ends
+
+    def write(self) -> None:
+        self.path.write_text(json.dumps(self.result, indent=1) + "\n", encoding="utf-8")
+
+
+def failure(error: Exception) -> dict:
+    return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+
+
+def has_no_room(row: dict) -> bool:
+    """Whether the device's memory was too small for a row."""
+    return row.get("failed", "").startswith(torch.OutOfMemoryError.__name__)
+
+
+def table(head: list, body: list[list]) -> list[str]:
+    """Lines of a Markdown table behind an empty one; None is an empty cell."""
+    rows = [head, ["---"] * len(head), *body]
+    return ["", *("| " + " | ".join("" if cell is None else str(cell) for cell in row) + " |" for row in rows)]
