@@ -50,7 +50,7 @@ class Plan(NamedTuple):
     window: int = 128
     tokens: int = 32
     compiler: dict = {"mode": "reduce-overhead"}
-    rounds: Rounds = Rounds(rounds=5, calls=1, versions=6)
+    rounds: Rounds = Rounds(rounds=7, calls=1, versions=6)
 
 
 SMOKE = Plan(

@@ -62,7 +62,7 @@ class Plan(NamedTuple):
 
 
 SMOKE = Plan(
-    size=cases.Size(32, 2, 2, 384),
+    size=cases.Size(32, 1, 2, 384),
     training={64: (16, 16)},
     prefill={64: (16, 16)},
     encoder={64: 16},

@@ -87,7 +87,7 @@ def draw_decoding(path: Path, result: dict) -> None:
         axes.set_yscale("log")
         axes.set_xticks(contexts, [f"{n // 1024}k" if n >= 1024 else str(n) for n in contexts], fontsize=8)
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if f"{y:.0e}"[0] in "25" else "")
         axes.tick_params(which="minor", labelsize=7)
         axes.set_xlabel("tokens of context")
         axes.grid(alpha=0.3)
