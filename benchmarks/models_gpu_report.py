@@ -111,9 +111,9 @@ def page(result: dict) -> str:
         "",
         f"{size['embed_dim']} wide, {size['depth']} layers, {size['heads']} heads, vocabulary {size['vocab_size']:,}; "
         "the Linformer is that of the preset `base` with the k and b of each n; the others have its parameters within "
-        "1 %. Random weights, random token ids. Models of one length and mode are timed in turns; medians [quartiles] "
-        f"of {where['rounds']} × {where['calls']} calls, prefill {where['prefill_calls']}; of five or more where they "
-        "take more than 3 s together.",
+        "1 %, but for the table of positions of a GPT-2 of long rows. Random weights, random token ids. Models of one "
+        f"length and mode are timed in turns; medians [quartiles] of {where['rounds']} × {where['calls']} calls, "
+        f"prefill {where['prefill_calls']}; of five or more where they take more than 3 s together.",
     ]
     for section, title in (("training", "Training"), ("encoder", "Training of the encoder")):
         lines += training_tables(result, section, title)

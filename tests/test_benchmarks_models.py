@@ -115,6 +115,16 @@ def test_models_have_equal_parameters():
     assert counts[cases.BOUND] == counts[cases.FULL] == counts[cases.OURS] - mixing
 
 
+def test_a_gpt2_of_long_rows_is_equal_without_its_table_of_positions():
+    config = cases.config_for(models_gpu.SMOKE.size, 4096, 16, 256, window_size=256)
+    model = cases.gpt2(config)
+    table = model.transformer.wpe.weight
+    assert table.shape == (4096, 32)
+    wanted = cases.parameters(cases.full_attention(config))
+    assert table.numel() > wanted
+    assert cases.parameters(model) - table.numel() == pytest.approx(wanted, rel=0.01)
+
+
 def test_the_bound_mixes_no_tokens_and_trains_every_projection():
     config = cases.config_for(models_gpu.SMOKE.size, 64, 16, 16, window_size=32)
     model = cases.bound(config)
