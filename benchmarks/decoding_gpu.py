@@ -12,6 +12,7 @@ shrinks everything to seconds on a CPU: it tests the program, its numbers mean n
 
 import argparse
 import json
+import shlex
 import sys
 import warnings
 from functools import partial
@@ -122,7 +123,7 @@ def main(words: list[str] | None = None) -> None:
     if done and done["theme"] != "decoding_gpu":
         parser.error(f"--resume {arguments.resume} is a result of {done['theme']}, not of decoding_gpu")
     words = [Path(word).name if word.endswith(".json") else word for word in (sys.argv[1:] if words is None else words)]
-    command = " ".join(["python -m benchmarks.decoding_gpu", *words])
+    command = shlex.join(["python", "-m", "benchmarks.decoding_gpu", *words])
     device = torch.device("cpu" if arguments.smoke else "cuda")
     result = run(arguments.result, plan, device, arguments.seconds, command, done)
     print(json.dumps(summary(result)))

@@ -1,5 +1,6 @@
 """The page of tables that measurements of decoding become, targets beside figures."""
 
+from benchmarks.decoding_gpu_cases import BEFORE, LOUDER
 from benchmarks.models_gpu_report import profile_tables, spread
 from benchmarks.report_file import table
 
@@ -92,7 +93,9 @@ def page(result: dict) -> str:
         f"linpass {count['linpass']:,} parameters, Llama {count['Llama']:,}; bfloat16, random weights. One Linformer "
         f"behind all contexts: seq_length = {ours['seq_length']:,}, k = {ours['k']}, b = {ours['block_size']}, "
         f"w = {ours['window_size']}. Its contexts are real prefills of random ids; Llama's are random numbers written "
-        "into its caches, in the shapes of a real context. Ways of one context and batch are timed in turns, "
+        f"into its caches, in the shapes of a real context; all end {BEFORE} tokens early. The weights that "
+        f"make values and outputs are {LOUDER:g} times as large as fresh ones, with which attention would hardly show "
+        "in the logits. Ways of one context and batch are timed in turns, "
         f"{where['rounds']} × {where['tokens']} tokens; medians [quartiles] of the milliseconds of a token. Every way "
         "but `generate` gives the logits of its model's eager way for the same tokens, or it is not timed. Compiled: "
         '`torch.compile(mode="reduce-overhead", fullgraph=True)`. Llama attends through sdpa.',
