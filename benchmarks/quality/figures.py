@@ -1,0 +1,116 @@
+"""Pictures of the results: losses over tokens, the claim as points with their spread, ablations as differences."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.quality.experiments import Run
+
+COLOURS = {
+    "linformer": "#2a6f97",
+    "full": "#4d4d4d",
+    "gpt2": "#b5651d",
+    "llama": "#f2b134",
+    "window": "#9a9a9a",
+}
+NAMES = {
+    "linformer": "Linformer",
+    "full": "full attention,\nsame class",
+    "gpt2": "GPT-2",
+    "llama": "Llama",
+    "window": "window only",
+}
+LINES = ("-", "--", ":", "-.")
+
+
+def draw_claim(path: Path, points: dict[int, dict[str, list[float]]]) -> None:
+    """A panel for each n, {n: {side: losses of its seeds}}: every seed a point, the mean a line."""
+    figure = Figure(figsize=(4.4 * len(points), 3.8), layout="constrained")
+    panels = figure.subplots(1, len(points), squeeze=False)[0]
+    for axes, (n, sides) in zip(panels, sorted(points.items()), strict=True):
+        for place, (side, losses) in enumerate(sides.items()):
+            colour, mean = COLOURS.get(side, "#888888"), statistics.mean(losses)
+            axes.plot([place - 0.25, place + 0.25], [mean, mean], color=colour, lw=2)
+            shifts = [(number - (len(losses) - 1) / 2) * 0.12 for number in range(len(losses))]
+            axes.plot([place + shift for shift in shifts], losses, "o", color=colour, ms=5, alpha=0.7)
+            axes.annotate(
+                f"{mean:.3f}", (place, max(losses)), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8
+            )
+        axes.set_xticks(range(len(sides)), [NAMES.get(side, side) for side in sides], fontsize=8)
+        axes.margins(x=0.1, y=0.18)
+        axes.set_title(f"n = {n}", fontsize=10)
+        axes.set_ylabel("validation loss, nats per token")
+        axes.grid(alpha=0.3, axis="y")
+    figure.suptitle("Choosing half: a point for every seed, a line at their mean", fontsize=10)
+    figure.savefig(path, dpi=120)
+
+
+def draw_curves(path: Path, curves: Sequence[tuple[Run, list[list[Any]]]]) -> None:
+    """Losses over tokens: training, smoothed, thin; validation along the way, dots. A line for each rate or seed."""
+    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    axes: Axes = figure.subplots()
+    sides = list(dict.fromkeys(run.side for run, _log in curves))
+    rates = sorted({run.flags["learning_rate"] for run, _log in curves})
+    swept = bool(curves and curves[0][0].theme.learning_rates)
+    for run, log in curves:
+        colour = COLOURS.get(run.side, f"C{sides.index(run.side)}")
+        style = LINES[rates.index(run.flags["learning_rate"]) % len(LINES)] if swept else "-"
+        scale = run.tokens / run.flags["max_steps"] / 1e6
+        training = [(step * scale, value) for step, value, _validation in log if value is not None]
+        validation = [(step * scale, value) for step, _training, value in log if value is not None]
+        if len(training) > 1:
+            axes.plot(*zip(*smoothed(training), strict=True), color=colour, ls=style, lw=0.8, alpha=0.6)
+        if validation:
+            axes.plot(*zip(*validation, strict=True), "o", color=colour, ms=3.5)
+    lowest = [value for _run, log in curves for entry in log for value in entry[1:] if value is not None]
+    if lowest:  # what happens in the first steps is not what is compared
+        late = [value for _run, log in curves for entry in log[len(log) // 8 :] for value in entry[1:] if value]
+        axes.set_ylim(min(lowest) - 0.1, max(late) + 0.1)
+    for side in sides:
+        axes.plot(
+            [], [], color=COLOURS.get(side, f"C{sides.index(side)}"), label=NAMES.get(side, side).replace("\n", " ")
+        )
+    for place, rate in enumerate(rates if swept else ()):
+        axes.plot([], [], color="#000000", ls=LINES[place % len(LINES)], lw=0.8, label=f"rate {rate:g}")
+    axes.set_xlabel("million tokens")
+    axes.set_ylabel("loss, nats per token")
+    axes.set_title(f"{curves[0][0].theme.name}: training (lines), validation (dots)" if curves else "", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def smoothed(points: Sequence[tuple[float, float]], share: float = 0.05) -> list[tuple[float, float]]:
+    """Running means over ``share`` of the points."""
+    width = max(1, math.ceil(len(points) * share))
+    means = []
+    for end in range(width, len(points) + 1):
+        window = points[end - width : end]
+        means.append((statistics.mean(x for x, _y in window), statistics.mean(y for _x, y in window)))
+    return means
+
+
+def draw_ablations(path: Path, sides: dict[str, list[float]], base: str) -> None:
+    """The mean loss of each side less that of ``base``, every seed a point, the seeds of the base a band."""
+    against = statistics.mean(sides[base]) if base in sides else 0.0
+    figure = Figure(figsize=(7.2, 0.24 * len(sides) + 1.2), layout="constrained")
+    axes: Axes = figure.subplots()
+    names = list(sides)[::-1]
+    for place, name in enumerate(names):
+        apart = [loss - against for loss in sides[name]]
+        colour = COLOURS["full"] if name.startswith("full") else COLOURS["linformer"]
+        axes.barh(place, statistics.mean(apart), color=colour, alpha=0.35)
+        axes.plot(apart, [place] * len(apart), "o", color=colour, ms=4)
+    if base in sides:
+        axes.axvspan(min(sides[base]) - against, max(sides[base]) - against, color=COLOURS["window"], alpha=0.3)
+    axes.axvline(0, color="#000000", lw=0.8)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_xlabel(f"loss on the choosing half less that of {base}, nats per token")
+    axes.grid(alpha=0.3, axis="x")
+    axes.margins(y=0.01)
+    figure.savefig(path, dpi=120)

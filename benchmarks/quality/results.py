@@ -1,0 +1,144 @@
+"""The folder of results: a line of JSON for every finished run, and what the lines of a theme say together.
+
+``runs.jsonl``       flags, parameters, losses on the choosing half, speed, environment
+``curves.jsonl``     the training log of each, [step, training loss, validation loss]
+``untouched.jsonl``  losses on the untouched half; read by ``report --untouched`` alone
+``samples.jsonl``    what the models wrote first
+
+Lines are only added, one write each, by one process. A run is known by its key, the digest of its flags.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.quality.data import CHOOSING, UNTOUCHED
+from benchmarks.quality.experiments import Run, Theme
+from linpass.scoring import ratio_error
+
+RUNS, CURVES, SAMPLES = "runs", "curves", "samples"
+Row = dict[str, Any]
+
+
+class Results:
+    """The lines of a folder, by key."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.runs: dict[str, Row] = {row["key"]: row for row in self.read(RUNS)}  # of a key tried again, the last
+
+    def read(self, name: str) -> list[Row]:
+        """The lines that are whole."""
+        path = self.folder / f"{name}.jsonl"
+        rows = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:  # of a machine that went while it was written
+                continue
+        return rows
+
+    def add(self, run: Run, row: Row, answer: Row) -> None:
+        """Write what a run answered; ``row`` is what the caller knows of it."""
+        row = {"key": run.key, "theme": run.theme.name, "side": run.side, "program": run.program} | row
+        row |= {"preset": run.theme.preset, "flags": run.flags, "tokens": run.tokens}
+        parts = {UNTOUCHED: UNTOUCHED, CURVES: "log", SAMPLES: "sample"}
+        for name, part in parts.items():
+            if answer.get(part):
+                self._append(name, {"key": run.key, "side": run.side, part: answer[part]})
+        row |= {name: value for name, value in answer.items() if name not in parts.values()}
+        row["untouched"] = UNTOUCHED in answer
+        self._append(RUNS, row)
+        self.runs[run.key] = row
+
+    def _append(self, name: str, row: Row) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{name}.jsonl"
+        torn = path.is_file() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
+        with path.open("a", encoding="utf-8") as file:
+            file.write(("\n" if torn else "") + json.dumps(row) + "\n")
+
+    def finished(self, run: Run) -> Row | None:
+        """The row of a run that needs not be made again."""
+        row = self.runs.get(run.key)
+        if row is None or "failed" in row or (run.theme.untouched and not row["untouched"] and "diverged" not in row):
+            return None
+        return row
+
+    def seconds(self, run: Run, assumed: float) -> float:
+        """How long a run may take: as the slowest of the same side, or of all, at its n; ``assumed`` is per token."""
+        evaluated = [row for row in self.runs.values() if CHOOSING in row]
+        alike = [row for row in evaluated if row["flags"]["seq_length"] == run.flags["seq_length"]]
+        alike = [row for row in alike if row["side"] == run.side] or alike
+        return max((row["seconds"] / row["tokens"] for row in alike), default=assumed) * run.tokens
+
+
+def loss(row: Row | None) -> float:
+    """On the choosing half; infinite where the training diverged."""
+    if row is None or "diverged" in row:
+        return math.inf
+    return row[CHOOSING]["loss"]
+
+
+def chosen_rates(sweep: Theme, runs: Sequence[Run], results: Results) -> dict[str, float]:
+    """The rate of the lowest loss on the choosing half, of each side whose sweep is complete."""
+    chosen = {}
+    for side in sweep.sides:
+        own = [run for run in runs if run.side == side]
+        rows = [results.finished(run) for run in own]
+        if own and all(rows) and min(map(loss, rows)) < math.inf:
+            best = min(zip(own, rows, strict=True), key=lambda pair: loss(pair[1]))[0]
+            chosen[side] = best.flags["learning_rate"]
+    return chosen
+
+
+@dataclass
+class Spread:
+    """Mean of some numbers, and the standard deviation between them, None of a single one."""
+
+    mean: float
+    deviation: float | None
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        return cls(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+
+    @property
+    def standard_error(self) -> float | None:
+        """Of the mean."""
+        return None if self.deviation is None else self.deviation / math.sqrt(self.count)
+
+
+@dataclass
+class Difference:
+    """A side's loss less that of the reference, both with the same seeds, hence the same rows in the same order.
+
+    Args:
+        seeds: the differences of pairs with one seed.
+        document_error: standard error over documents of the mean difference, from each document's own difference;
+            None for a single document.
+    """
+
+    seeds: Spread
+    document_error: float | None
+
+
+def difference(side: dict[int, Row], reference: dict[int, Row]) -> Difference | None:
+    """From {seed: scores} of both, as :func:`~benchmarks.quality.single_run.score` gives them; None without a pair."""
+    seeds = sorted(side.keys() & reference.keys())
+    if not seeds:
+        return None
+    pairs = [(side[seed], reference[seed]) for seed in seeds]
+    of_side, of_reference = (torch.tensor([pair[i]["document_nats"] for pair in pairs]).double() for i in (0, 1))
+    tokens = torch.tensor(pairs[0][0]["document_tokens"]).double()
+    return Difference(
+        seeds=Spread.of([a["loss"] - b["loss"] for a, b in pairs]),
+        document_error=ratio_error((of_side - of_reference).mean(0), tokens),
+    )

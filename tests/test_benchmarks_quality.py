@@ -1,0 +1,349 @@
+"""The harness of the quality benchmark: its experiments, its data, its queue on a tiny run, its arithmetic."""
+
+import json
+import math
+import os
+import statistics
+import time
+from dataclasses import replace
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.quality import leaking
+from benchmarks.quality.__main__ import main
+from benchmarks.quality.data import CHOOSING, UNTOUCHED, part_folders, split_documents, unpack
+from benchmarks.quality.experiments import (
+    LINPASS,
+    check,
+    make_run,
+    read_theme,
+    runs_of,
+    theme_names,
+)
+from benchmarks.quality.report import loss_table, write_report
+from benchmarks.quality.results import Results, Spread, chosen_rates, difference
+from benchmarks.quality.schedule import Schedule, Settings
+from linpass import LinformerConfig, LinformerForCausalLM, LinformerForMaskedLM
+from linpass.errors import InputError
+from linpass.training.documents import python_documents
+from linpass.training.tokens import TokenStore
+
+DOCUMENTS = 12  # a file
+STEPS = 6
+TINY = {
+    "question": "Does the harness work?",
+    "preset": "debug",
+    "tokens": 64 * 8 * STEPS,
+    "flags": {"vocab_size": 384, "seq_length": 64, "logging_steps": 1, "intermediate_size": 256},
+    "sides": {"linformer": {}, "full": {"k": 0, "window_size": 64}},
+    "learning_rates": [0.003],
+    "seeds": [1],
+    "reference": "full",
+    "untouched": True,
+    "sample": True,
+}
+
+
+def runs_for_all_sides(name):
+    """The runs of a theme with the first seed, as if every side had a rate."""
+    theme = read_theme(name)
+    rates = {values.get("rate_of", theme.rate_of or side): 1e-3 for side, values in theme.sides.items()}
+    return runs_of(replace(theme, seeds=theme.seeds[:1]), rates)
+
+
+# --- Experiments ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", theme_names())
+def test_linpass_train_takes_every_run(name):
+    runs = runs_for_all_sides(name)
+    assert {run.side for run in runs} == set(read_theme(name).sides)
+    for run in runs:
+        check(run)
+        assert 0.99 < run.tokens / run.theme.tokens <= 1
+    assert len({run.key for run in runs}) == len(runs)
+
+
+def test_a_flag_that_does_not_exist_is_refused(tmp_path):
+    theme = replace(read_theme("claim_1024"), sides={"full": {"windows": 3}})
+    with pytest.raises(InputError, match="side 'full': --windows is no flag of linpass train; nearest: window"):
+        check(make_run(theme, "full", 1e-3, 1))
+    theme = replace(theme, sides={"full": {"k": 100}})
+    with pytest.raises(InputError, match="k=100 must give every block"):
+        check(make_run(theme, "full", 1e-3, 1))
+    (tmp_path / "x.json").write_text(json.dumps(TINY | {"colour": "red"}))
+    with pytest.raises(InputError, match="sets colour"):
+        read_theme(str(tmp_path / "x.json"))
+
+
+@pytest.mark.parametrize("n", [1024, 4096])
+def test_the_sides_of_the_claim_have_equal_budgets(n):
+    from linpass.training.architectures import build_model
+    from linpass.training.parser import TrainParser
+    from linpass.training.train import build_config
+
+    sizes, budgets = {}, set()
+    for run in runs_for_all_sides(f"claim_{n}"):
+        if run.program == LINPASS:
+            parsed = TrainParser().parse([*run.command(), "--output_dir", "nowhere"])
+            training = parsed.training
+            with torch.device("meta"):
+                sizes[run.side] = build_model(training.architecture, build_config(parsed)).num_parameters()
+            names = ("max_steps", "per_device_train_batch_size", "weight_decay", "adam_beta2", "warmup_steps", "seed")
+            budgets.add(tuple(getattr(training, name) for name in names) + (parsed.model.seq_length,))
+            if run.side == "full":
+                assert parsed.model.k == 0
+                assert parsed.model.window_size >= n
+    assert set(sizes) == {"linformer", "full", "gpt2", "llama", "window"}
+    assert max(sizes.values()) < 1.01 * min(sizes.values())
+    assert len(budgets) == 1
+
+
+def test_the_claim_has_seeds_that_no_rate_was_chosen_with_and_shares_runs_with_the_ablations():
+    for n in (1024, 4096):
+        assert not set(read_theme(f"claim_{n}").seeds) & set(read_theme(f"rates_{n}").seeds)
+    claim = {run.side: run.key for run in runs_for_all_sides("claim_1024")}
+    ablations = {run.side: run.key for run in runs_for_all_sides("ablations")}
+    assert claim["linformer"] == ablations["base"]
+    assert claim["full"] == ablations["full attention"]
+
+
+# --- Data -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A folder of data from a few pages of Python's documentation, and the documents."""
+    from linpass.training.tokenization import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("quality")
+    long = (text[:2000] for text in python_documents() if len(text) > 900)
+    pages = list(islice(long, 4 * DOCUMENTS))
+    files = {}
+    for number, name in enumerate(("train_a", "train_b", "held_out_a", "held_out_b")):
+        files[name] = pages[number * DOCUMENTS : (number + 1) * DOCUMENTS]
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in files[name])
+        (folder / f"{name}.jsonl").write_text(lines)
+    train_tokenizer(files["train_a"], 384).save_pretrained(folder / "tokenizer")
+    paths = {name: str(folder / f"{name}.jsonl") for name in files}
+    words = ["prepare", "--train", paths["train_a"], paths["train_b"]]
+    words += ["--validation", paths["held_out_a"], paths["held_out_b"], "--tokenizer", str(folder / "tokenizer")]
+    assert main([*words, "--output", str(folder / "data"), "--tokens", "4000", "--parts", "2"]) == 0
+    return folder / "data", files
+
+
+def test_no_document_is_in_both_halves(prepared):
+    data, files = prepared
+    halves = {}
+    for name in (CHOOSING, UNTOUCHED):
+        halves[name] = [json.loads(line)["text"] for line in (data / f"{name}.jsonl").read_text().splitlines()]
+    assert not set(halves[CHOOSING]) & set(halves[UNTOUCHED])
+    assert sorted(halves[CHOOSING] + halves[UNTOUCHED]) == sorted(files["held_out_a"] + files["held_out_b"])
+    for source in ("held_out_a", "held_out_b"):  # stratified
+        assert 0 < len(set(halves[CHOOSING]) & set(files[source])) < DOCUMENTS
+
+
+def test_halves_are_about_equal_and_drawn():
+    sizes = np.random.default_rng(0).lognormal(sigma=2, size=200).astype(int) + 1
+    chosen = np.array(split_documents(sizes.tolist(), 3))
+    assert abs(sizes[chosen].sum() - sizes[~chosen].sum()) <= sizes.max()
+    assert split_documents(sizes.tolist(), 3) == chosen.tolist()
+    assert split_documents(sizes.tolist(), 4) != chosen.tolist()
+
+
+def test_parts_hold_other_tokens_in_equal_shares(prepared):
+    from linpass.training.tokenization import load_tokenizer
+
+    data, files = prepared
+    parts = [TokenStore(folder) for folder in part_folders(data, 2)]
+    assert [len(part.ids) for part in parts] == [4000, 4000]
+    assert [len(part) for part in parts] == [2, 2]  # a stream for each file
+    lengths = [[len(stream) for stream in part] for part in parts]
+    assert np.abs(np.subtract(*lengths)).max() <= 1
+    tokenizer = load_tokenizer(str(data / "tokenizer"), 384)
+    for stream, name in enumerate(("train_a", "train_b")):
+        text = tokenizer.decode(np.concatenate([part[stream] for part in parts]))
+        documents = text.split(tokenizer.eos_token)
+        assert len(documents) > 2
+        assert documents[0] in files[name]
+        assert documents[1] in files[name]
+        assert documents[0] != documents[1]
+
+
+def test_what_travels_arrives(prepared, tmp_path):
+    data, _files = prepared
+    unpack(sorted((data / "packed").glob("*.tar.xz")), tmp_path)
+    for path in [path for path in tmp_path.rglob("*") if path.is_file()]:
+        assert path.read_bytes() == (data / path.relative_to(tmp_path)).read_bytes()
+    assert (TokenStore(tmp_path / "part_1").ids == TokenStore(data / "part_1").ids).all()
+    with pytest.raises(InputError, match="lacks part_2"):
+        part_folders(tmp_path, 3)
+    (tmp_path / "broken.tar.xz").write_bytes((data / "packed/base.tar.xz").read_bytes()[:500])
+    with pytest.raises(InputError, match=r"broken\.tar\.xz"):
+        unpack([tmp_path / "broken.tar.xz"], tmp_path / "other")
+
+
+# --- Queue ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ran(prepared, tmp_path_factory):
+    """Theme file and settings of a queue that trained a Linformer and full attention, both at a time."""
+    folder = tmp_path_factory.mktemp("queue")
+    (folder / "tiny.json").write_text(json.dumps(TINY))
+    settings = Settings(prepared[0], folder / "results", 300, processes=2, scratch=folder / "scratch")
+    threads = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        Schedule([str(folder / "tiny.json")], settings).work()
+    finally:
+        os.environ.pop("OMP_NUM_THREADS") if threads is None else os.environ.update(OMP_NUM_THREADS=threads)
+    return str(folder / "tiny.json"), settings
+
+
+def test_the_queue_trains_measures_and_cleans_up(ran):
+    theme, settings = ran
+    results = Results(settings.output)
+    rows = {row["side"]: row for row in results.runs.values()}
+    assert set(rows) == {"linformer", "full"}
+    for row in rows.values():
+        assert 3 < row["choosing"]["loss"] < math.log(384) + 0.5
+        assert row["tokens"] == 64 * 8 * STEPS
+        assert row["environment"]["torch"] == torch.__version__
+        assert row["flags"]["max_steps"] == STEPS
+        assert row["speed"]["tokens_per_second"] > 0
+        nats, tokens = (sum(row["choosing"][f"document_{name}"]) for name in ("nats", "tokens"))
+        assert nats / tokens == pytest.approx(row["choosing"]["loss"], abs=1e-4)
+        assert "untouched" not in str(row).replace("'untouched': True", "")  # it says that there is one, no more
+    assert rows["linformer"]["choosing"]["loss"] != rows["full"]["choosing"]["loss"]
+    assert rows["linformer"]["parameters"] > rows["full"]["parameters"]
+    curves = {row["side"]: row["log"] for row in results.read("curves")}
+    for side in rows:
+        assert [step for step, loss, _validation in curves[side] if loss is not None] == list(range(1, STEPS + 1))
+        assert any(validation is not None for _step, _loss, validation in curves[side])
+    untouched = {row["side"]: row["untouched"] for row in results.read("untouched")}
+    assert untouched["full"]["document_tokens"] != rows["full"]["choosing"]["document_tokens"]
+    prompts = {tuple(text["prompt"] for text in row["sample"]) for row in results.read("samples")}
+    assert len(prompts) == 1
+    assert not any(settings.scratch.iterdir())
+
+
+def test_what_is_finished_is_not_made_again(ran, tmp_path):
+    theme, settings = ran
+    again = Schedule([theme], settings)
+    assert again.left() == []
+    start = time.monotonic()
+    again.work()
+    assert time.monotonic() - start < 2
+    assert len((settings.output / "runs.jsonl").read_text().splitlines()) == 2
+
+    rows = (settings.output / "runs.jsonl").read_text().splitlines()
+    (tmp_path / "runs.jsonl").write_text(rows[0] + "\n" + rows[1][:100])  # killed while it wrote
+    left = Schedule([theme], replace(settings, output=tmp_path)).left()
+    assert [run.side for run in left] == [json.loads(rows[1])["side"]]
+    failed = json.loads(rows[1]) | {"failed": "out of memory"}
+    (tmp_path / "runs.jsonl").write_text(rows[0] + "\n" + json.dumps(failed) + "\n")
+    assert len(Schedule([theme], replace(settings, output=tmp_path)).left()) == 1
+
+
+def test_other_settings_do_not_mix(ran):
+    theme, settings = ran
+    with pytest.raises(InputError, match="'torch_compile': False"):
+        Schedule([theme], replace(settings, torch_compile=True))
+
+
+def test_nothing_is_begun_that_would_end_too_late(ran, tmp_path):
+    theme, settings = ran
+    took = min(row["seconds"] for row in Results(settings.output).runs.values())
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(TINY | {"seeds": [2]}))
+    assert Schedule([str(other)], replace(settings, seconds=took / 2)).next_run(None) is None
+    assert Schedule([str(other)], replace(settings, seconds=took * 100)).next_run(None).side == "linformer"
+
+
+def test_the_claim_waits_for_the_rates(ran, tmp_path):
+    _theme, settings = ran
+    schedule = Schedule(["claim_1024", "rates_1024"], replace(settings, output=tmp_path))
+    assert {run.theme.name for run in schedule.left()} == {"rates_1024"}
+
+
+def test_the_report_shows_the_untouched_half_when_it_is_asked_for(ran):
+    theme, settings = ran
+    results = Results(settings.output)
+    untouched = {row["key"]: row["untouched"] for row in results.read("untouched")}
+    text = write_report(settings.output, False, [theme])
+    assert "rates" not in text
+    assert "| linformer |" in text
+    assert "First sample" in text
+    from benchmarks.quality.report import finished
+
+    part = finished(theme, results)
+    tables = {half: "\n".join(loss_table(part, half, untouched)) for half in (CHOOSING, UNTOUCHED)}
+    losses = {row["side"]: row["untouched"]["loss"] for row in results.read("untouched")}
+    assert f"{losses['full']:.4f}" in tables[UNTOUCHED]
+    assert f"{losses['linformer'] - losses['full']:+.4f}" in tables[UNTOUCHED]
+    assert f"{losses['full']:.4f}" not in tables[CHOOSING]
+
+
+# --- Arithmetic -------------------------------------------------------------------------------------------------------
+
+
+def scored(nats, tokens):
+    return {"loss": sum(nats) / sum(tokens), "document_nats": nats, "document_tokens": tokens}
+
+
+def test_differences_are_of_pairs():
+    tokens = [10, 20, 30]
+    side = {1: scored([20.0, 42.0, 61.0], tokens), 2: scored([22.0, 41.0, 66.0], tokens), 9: scored([1, 1, 1], tokens)}
+    reference = {1: scored([21.0, 43.0, 64.0], tokens), 2: scored([22.5, 44.0, 66.5], tokens)}
+    found = difference(side, reference)
+    apart = [side[seed]["loss"] - reference[seed]["loss"] for seed in (1, 2)]
+    assert found.seeds.mean == pytest.approx(sum(apart) / 2)
+    assert found.seeds.standard_error == pytest.approx(abs(apart[0] - apart[1]) / 2)
+    each = np.array([(-1 - 0.5) / 2, (-1 - 3) / 2, (-3 - 0.5) / 2])  # nats of each document, mean over seeds
+    residuals = each - each.sum() / 60 * np.array(tokens)
+    assert found.document_error == pytest.approx(math.sqrt(3 / 2 * (residuals**2).sum()) / 60)
+    assert difference({1: side[1]}, {2: reference[2]}) is None
+    assert Spread.of([1.0]).standard_error is None
+    assert Spread.of([1.0, 2.0, 4.0]).deviation == pytest.approx(statistics.stdev([1, 2, 4]))
+
+
+def test_a_rate_is_chosen_when_the_sweep_of_its_side_is_complete(tmp_path):
+    sweep = replace(read_theme("rates_1024"), learning_rates=[0.1, 0.2])
+    runs = runs_of(sweep, {})
+    results = Results(tmp_path)
+    for run in runs:
+        rate = run.flags["learning_rate"]
+        if run.side == "full":
+            answer = {"diverged": "nan"} if rate == 0.1 else {"choosing": scored([4.0], [1])}
+            results.add(run, {}, answer)
+        elif run.side == "linformer":
+            results.add(run, {}, {"choosing": scored([3.0 + rate], [1])})
+        elif run.side == "gpt2" and rate == 0.1:
+            results.add(run, {}, {"choosing": scored([3.0], [1])})
+    assert chosen_rates(sweep, runs, Results(tmp_path)) == {"linformer": 0.1, "full": 0.2}
+
+
+def test_the_honest_loss_is_that_of_whole_rows_without_a_leak_alone():
+    torch.manual_seed(0)
+    fields = {"vocab_size": 40, "embed_dim": 32, "depth": 2, "heads": 2, "seq_length": 32, "k": 8, "block_size": 8}
+    fields |= {"window_size": 8, "dropout": 0.0, "initializer_range": 0.3, "rank": None}
+    special = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+    rows, lengths = torch.randint(0, 40, (10, 32)), leaking.prefix_lengths(32)
+    assert lengths[0] == 1
+    assert lengths[-1] == 31
+    apart = {}
+    for causal, kind in ((True, LinformerForCausalLM), (False, LinformerForMaskedLM)):
+        model = kind(LinformerConfig(**fields, **special, causal=causal)).eval()
+
+        @torch.no_grad()
+        def predict(ids, model=model):
+            return model(input_ids=ids).logits
+
+        honest, whole = (loss(predict, rows, lengths) for loss in (leaking.left_to_right_loss, leaking.whole_row_loss))
+        apart[causal] = abs(honest - whole)
+    assert apart[True] < 1e-5
+    assert apart[False] > 1e-3
