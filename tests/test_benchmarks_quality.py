@@ -328,6 +328,23 @@ def test_a_rate_is_chosen_when_the_sweep_of_its_side_is_complete(tmp_path):
     assert chosen_rates(sweep, runs, Results(tmp_path)) == {"linformer": 0.1, "full": 0.2}
 
 
+def test_what_counts_as_finished(tmp_path):
+    results = Results(tmp_path)
+    claim = {run.side: run for run in runs_for_all_sides("claim_1024")}
+    results.add(claim["linformer"], {}, {"choosing": scored([4.0], [1])})
+    assert not results.finished(claim["linformer"])  # the untouched half is still to be measured
+    assert results.finished(next(run for run in runs_for_all_sides("ablations") if run.side == "base"))
+    results.add(claim["linformer"], {}, {"choosing": scored([4.0], [1]), "untouched": scored([5.0], [1])})
+    assert results.finished(claim["linformer"])
+    leaks = claim["lucidrains, leaks"]
+    results.add(leaks, {}, {"leaking": {"training": 1.0, "whole_rows": 1.0, "left_to_right": 9.0, "places": 3}})
+    assert Results(tmp_path).finished(leaks)
+    results.add(claim["gpt2"], {}, {"diverged": "nan"})
+    assert results.finished(claim["gpt2"])
+    results.add(claim["llama"], {"failed": "out of memory"}, {})
+    assert not results.finished(claim["llama"])
+
+
 def test_the_honest_loss_is_that_of_whole_rows_without_a_leak_alone():
     torch.manual_seed(0)
     fields = {"vocab_size": 40, "embed_dim": 32, "depth": 2, "heads": 2, "seq_length": 32, "k": 8, "block_size": 8}

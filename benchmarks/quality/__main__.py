@@ -97,7 +97,7 @@ def run(options: argparse.Namespace) -> None:
     )
     schedule = Schedule(options.themes, settings)
     schedule.work()
-    print(f"{len(schedule.results.runs)} runs in {options.output}, {len(schedule.left())} not begun for want of time")
+    print(f"{len(schedule.results.runs)} runs in {options.output}; {len(schedule.unfinished())} of these themes to do")
 
 
 if __name__ == "__main__":

@@ -28,12 +28,13 @@ NAMES = {
 LINES = ("-", "--", ":", "-.")
 
 
-def draw_claim(path: Path, points: dict[int, dict[str, list[float]]]) -> None:
-    """A panel for each n, {n: {side: losses of its seeds}}: every seed a point, the mean a line."""
-    figure = Figure(figsize=(4.4 * len(points), 3.8), layout="constrained")
+def draw_claim(path: Path, points: dict[int, dict[str, dict[int, float]]]) -> None:
+    """A panel for each n, {n: {side: {seed: loss}}}: every seed a point, the mean a line."""
+    figure = Figure(figsize=(5 * len(points), 3.8), layout="constrained")
     panels = figure.subplots(1, len(points), squeeze=False)[0]
     for axes, (n, sides) in zip(panels, sorted(points.items()), strict=True):
-        for place, (side, losses) in enumerate(sides.items()):
+        for place, (side, found) in enumerate(sides.items()):
+            losses = list(found.values())
             colour, mean = COLOURS.get(side, "#888888"), statistics.mean(losses)
             axes.plot([place - 0.25, place + 0.25], [mean, mean], color=colour, lw=2)
             shifts = [(number - (len(losses) - 1) / 2) * 0.12 for number in range(len(losses))]
@@ -46,12 +47,12 @@ def draw_claim(path: Path, points: dict[int, dict[str, list[float]]]) -> None:
         axes.set_title(f"n = {n}", fontsize=10)
         axes.set_ylabel("validation loss, nats per token")
         axes.grid(alpha=0.3, axis="y")
-    figure.suptitle("Choosing half: a point for every seed, a line at their mean", fontsize=10)
+    figure.suptitle("Choosing half: every seed a point; line and number: mean", fontsize=10)
     figure.savefig(path, dpi=120)
 
 
 def draw_curves(path: Path, curves: Sequence[tuple[Run, list[list[Any]]]]) -> None:
-    """Losses over tokens: training, smoothed, thin; validation along the way, dots. A line for each rate or seed."""
+    """Losses over tokens: validation along the way, and training, smoothed, thin. A line for each rate or seed."""
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     axes: Axes = figure.subplots()
     sides = list(dict.fromkeys(run.side for run, _log in curves))
@@ -64,9 +65,9 @@ def draw_curves(path: Path, curves: Sequence[tuple[Run, list[list[Any]]]]) -> No
         training = [(step * scale, value) for step, value, _validation in log if value is not None]
         validation = [(step * scale, value) for step, _training, value in log if value is not None]
         if len(training) > 1:
-            axes.plot(*zip(*smoothed(training), strict=True), color=colour, ls=style, lw=0.8, alpha=0.6)
+            axes.plot(*zip(*smoothed(training), strict=True), color=colour, ls=style, lw=0.8, alpha=0.35)
         if validation:
-            axes.plot(*zip(*validation, strict=True), "o", color=colour, ms=3.5)
+            axes.plot(*zip(*validation, strict=True), color=colour, ls=style, lw=1.4, marker="o", ms=3.5, alpha=0.8)
     lowest = [value for _run, log in curves for entry in log for value in entry[1:] if value is not None]
     if lowest:  # what happens in the first steps is not what is compared
         late = [value for _run, log in curves for entry in log[len(log) // 8 :] for value in entry[1:] if value]
@@ -79,7 +80,8 @@ def draw_curves(path: Path, curves: Sequence[tuple[Run, list[list[Any]]]]) -> No
         axes.plot([], [], color="#000000", ls=LINES[place % len(LINES)], lw=0.8, label=f"rate {rate:g}")
     axes.set_xlabel("million tokens")
     axes.set_ylabel("loss, nats per token")
-    axes.set_title(f"{curves[0][0].theme.name}: training (lines), validation (dots)" if curves else "", fontsize=10)
+    name = curves[0][0].theme.name if curves else ""
+    axes.set_title(f"{name}: validation (dots), training, smoothed (thin lines)", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=120)
@@ -95,22 +97,30 @@ def smoothed(points: Sequence[tuple[float, float]], share: float = 0.05) -> list
     return means
 
 
-def draw_ablations(path: Path, sides: dict[str, list[float]], base: str) -> None:
-    """The mean loss of each side less that of ``base``, every seed a point, the seeds of the base a band."""
-    against = statistics.mean(sides[base]) if base in sides else 0.0
-    figure = Figure(figsize=(7.2, 0.24 * len(sides) + 1.2), layout="constrained")
+def draw_ablations(path: Path, sides: dict[str, dict[int, float]], base: str) -> None:
+    """Losses less those of ``base`` with the same seed, from {side: {seed: loss}}; bars are means.
+
+    The band is the spread of ``base`` itself between seeds.
+    """
+    against = sides.get(base, {})
+    apart = {
+        side: [loss - against[seed] for seed, loss in losses.items() if seed in against]
+        for side, losses in sides.items()
+        if side != base and losses.keys() & against.keys()
+    }
+    figure = Figure(figsize=(7.2, 0.24 * len(apart) + 1.2), layout="constrained")
     axes: Axes = figure.subplots()
-    names = list(sides)[::-1]
+    names = list(apart)[::-1]
     for place, name in enumerate(names):
-        apart = [loss - against for loss in sides[name]]
         colour = COLOURS["full"] if name.startswith("full") else COLOURS["linformer"]
-        axes.barh(place, statistics.mean(apart), color=colour, alpha=0.35)
-        axes.plot(apart, [place] * len(apart), "o", color=colour, ms=4)
-    if base in sides:
-        axes.axvspan(min(sides[base]) - against, max(sides[base]) - against, color=COLOURS["window"], alpha=0.3)
+        axes.barh(place, statistics.mean(apart[name]), color=colour, alpha=0.35)
+        axes.plot(apart[name], [place] * len(apart[name]), "o", color=colour, ms=4)
+    if len(against) > 1:
+        mean = statistics.mean(against.values())
+        axes.axvspan(min(against.values()) - mean, max(against.values()) - mean, color=COLOURS["window"], alpha=0.2)
     axes.axvline(0, color="#000000", lw=0.8)
     axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.set_xlabel(f"loss on the choosing half less that of {base}, nats per token")
+    axes.set_xlabel(f"loss on the choosing half less that of {base} with the same seed, nats per token")
     axes.grid(alpha=0.3, axis="x")
     axes.margins(y=0.01)
     figure.savefig(path, dpi=120)

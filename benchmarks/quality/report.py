@@ -14,6 +14,11 @@ from benchmarks.quality.experiments import LINPASS, Run, Theme, read_theme, runs
 from benchmarks.quality.results import SAMPLES, Results, Row, Spread, chosen_rates, difference, loss
 
 THEMES = ("claim_1024", "claim_4096", "long", "ablations")
+LEGEND = (
+    "Losses in nats per token; *deviation* between seeds; *less* a side: the difference of runs with the same seed, "
+    "and the standard error of its mean; *over documents*: the standard error of that difference over documents, paired "
+    "by document; tokens per second while as many runs shared a GPU as `processes_per_gpu` says."
+)
 SWEEPS, SPEEDS = ("rates_1024", "rates_4096"), ("speed_1024", "speed_4096")
 
 
@@ -64,7 +69,7 @@ def write_report(folder: Path, with_untouched: bool, themes: Sequence[str] = (*S
     results = Results(folder)
     untouched = {row["key"]: row[UNTOUCHED] for row in results.read(UNTOUCHED)} if with_untouched else {}
     found = [finished(name, results) for name in themes]
-    lines = ["# Quality at equal budget", *conditions(results)]
+    lines = ["# Quality at equal budget", *conditions(results), "", LEGEND]
     for part in (part for part in found if part.runs):
         lines += ["", f"## {part.theme.name}: {part.theme.question}", ""]
         lines += [f"{len(part.runs)} of {part.planned} runs, {part.runs[0][0].tokens:,} tokens each."]
@@ -105,7 +110,7 @@ def rates_table(part: Finished) -> list[str]:
         body.append([side, *(mark(value, rate == best) for value, rate in zip(cells, rates, strict=True))])
         if len(losses) == len(rates) and best in (rates[0], rates[-1]):
             edges.append(side)
-    lines = ["", "Loss on the choosing half, nats per token:", *table(["side", *(f"{rate:g}" for rate in rates)], body)]
+    lines = ["", "Loss on the choosing half:", *table(["side", *(f"{rate:g}" for rate in rates)], body)]
     if edges:
         lines += ["", f"Best at the edge of the grid, which should be widened for all sides: {', '.join(edges)}."]
     return lines
@@ -142,12 +147,7 @@ def loss_table(part: Finished, half: str, untouched: dict[str, Row]) -> list[str
             ]
         )
     head = ["side", "parameters", "rate", "seeds", "loss ± deviation", f"less {reference} ± error", "± over documents"]
-    explained = (
-        f"Loss on the {half} half, nats per token; deviation between seeds; difference of runs with the same seed and "
-        "the standard error of its mean; standard error of the same difference over documents; tokens per second while "
-        f"{part.runs[0][1]['settings']['processes_per_gpu']} runs shared a GPU:"
-    )
-    return ["", explained, *table([*head, "tokens/s"], body)]
+    return ["", f"On the {half} half:", *table([*head, "tokens/s"], body)]
 
 
 def with_error(value: float, error: float | None, signed: bool = False) -> str:
@@ -213,15 +213,15 @@ def pictures(folder: Path, found: Sequence[Finished], results: Results) -> list[
     return ["", "## Pictures", *lines] if lines else []
 
 
-def losses_of(part: Finished) -> dict[str, list[float]]:
-    """Losses on the choosing half by side, one a seed."""
-    found = {side: [s["loss"] for s in scores(rows, CHOOSING, {}).values()] for side, rows in part.sides().items()}
-    return {side: losses for side, losses in found.items() if losses}
+def losses_of(part: Finished) -> dict[str, dict[int, float]]:
+    """Losses on the choosing half, {side: {seed: loss}}."""
+    found = {side: scores(rows, CHOOSING, {}) for side, rows in part.sides().items()}
+    return {side: {seed: own["loss"] for seed, own in rows.items()} for side, rows in found.items() if rows}
 
 
 def sample(results: Results) -> list[str]:
     """What the model of the lowest loss on the choosing half wrote first."""
-    texts = {row["key"]: row["sample"] for row in results.read(SAMPLES)}
+    texts = {row["key"]: row["sample"] for row in results.read(SAMPLES) if row["key"] in results.runs}
     if not texts:
         return []
     best = min(texts, key=lambda key: loss(results.runs[key]))

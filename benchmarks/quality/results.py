@@ -67,9 +67,10 @@ class Results:
     def finished(self, run: Run) -> Row | None:
         """The row of a run that needs not be made again."""
         row = self.runs.get(run.key)
-        if row is None or "failed" in row or (run.theme.untouched and not row["untouched"] and "diverged" not in row):
+        if row is None or "failed" in row:
             return None
-        return row
+        lacks_half = run.theme.untouched and CHOOSING in row and not row["untouched"]
+        return None if lacks_half else row
 
     def seconds(self, run: Run, assumed: float) -> float:
         """How long a run may take: as the slowest of the same side, or of all, at its n; ``assumed`` is per token."""

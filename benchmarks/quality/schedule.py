@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.data import identity, part_folders
+from benchmarks.quality.data import CHOOSING, identity, part_folders
 from benchmarks.quality.experiments import Run, Theme, check, read_theme, runs_of
 from benchmarks.quality.results import Results, chosen_rates
 from benchmarks.quality.single_run import ANSWER
@@ -25,7 +25,7 @@ from linpass.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ASSUMED = 1 / 150_000  # seconds a token, before any run has told
-GRACE = 45.0  # seconds that a run has to write a checkpoint
+GRACE = 30.0  # seconds that a run has to write a checkpoint
 
 
 @dataclass(frozen=True)
@@ -100,11 +100,17 @@ class Schedule:
         sweep = read_theme(theme.rates_of, self.settings.smoke)
         return chosen_rates(sweep, runs_of(sweep, {}), self.results)
 
+    def unfinished(self) -> list[Run]:
+        """What is still to be done, in order, each once."""
+        runs: dict[str, Run] = {}
+        for run in self.planned():
+            if not self.results.finished(run):
+                runs.setdefault(run.key, run)
+        return list(runs.values())
+
     def left(self) -> list[Run]:
         """What is neither finished nor tried in this session."""
-        runs = {run.key: run for run in reversed(self.planned())}
-        unfinished = [run for run in reversed(runs.values()) if not self.results.finished(run)]
-        return [run for run in unfinished if run.key not in self.begun]
+        return [run for run in self.unfinished() if run.key not in self.begun]
 
     def fits(self, run: Run) -> bool:
         """Whether there is time for a run; one that can be resumed needs only enough to get somewhere."""
@@ -188,7 +194,8 @@ class Schedule:
         if (child.folder / ANSWER).is_file():
             answer = json.loads((child.folder / ANSWER).read_text(encoding="utf-8"))
             self.results.add(run, row, answer)
-            found = f"loss {answer['choosing']['loss']:.4f}" if "choosing" in answer else answer.get("diverged", "")
+            found = answer.get("diverged", "done")[:100]
+            found = f"loss {answer[CHOOSING]['loss']:.4f}" if CHOOSING in answer else found
             shutil.rmtree(child.folder)
         elif child.stopped:
             found = "stopped; its checkpoint is kept" if run.theme.resumable else "stopped: out of time"
