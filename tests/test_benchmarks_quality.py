@@ -23,9 +23,10 @@ from benchmarks.quality.experiments import (
     runs_of,
     theme_names,
 )
-from benchmarks.quality.report import loss_table, write_report
-from benchmarks.quality.results import Results, Spread, chosen_rates, difference
+from benchmarks.quality.report import write_report
+from benchmarks.quality.results import Results, Spread, chosen_rates, difference, finished
 from benchmarks.quality.schedule import Schedule, Settings
+from benchmarks.quality.tables import loss_table
 from linpass import LinformerConfig, LinformerForCausalLM, LinformerForMaskedLM
 from linpass.errors import InputError
 from linpass.training.documents import python_documents
@@ -279,8 +280,6 @@ def test_the_report_shows_the_untouched_half_when_it_is_asked_for(ran):
     assert "rates" not in text
     assert "| linformer |" in text
     assert "First sample" in text
-    from benchmarks.quality.report import finished
-
     part = finished(theme, results)
     tables = {half: "\n".join(loss_table(part, half, untouched)) for half in (CHOOSING, UNTOUCHED)}
     losses = {row["side"]: row["untouched"]["loss"] for row in results.read("untouched")}

@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from benchmarks.quality.experiments import Run
 
@@ -120,7 +121,8 @@ def draw_ablations(path: Path, sides: dict[str, dict[int, float]], base: str) ->
         axes.axvspan(min(against.values()) - mean, max(against.values()) - mean, color=COLOURS["window"], alpha=0.2)
     axes.axvline(0, color="#000000", lw=0.8)
     axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.set_xlabel(f"loss on the choosing half less that of {base} with the same seed, nats per token")
+    axes.set_xlabel(f"loss less that of {base}, same seed, choosing half")
+    axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.grid(alpha=0.3, axis="x")
     axes.margins(y=0.01)
     figure.savefig(path, dpi=120)

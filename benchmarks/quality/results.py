@@ -11,7 +11,7 @@ Lines are only added, one write each, by one process. A run is known by its key,
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.quality.data import CHOOSING, UNTOUCHED
-from benchmarks.quality.experiments import Run, Theme
+from benchmarks.quality.experiments import LINPASS, Run, Theme, read_theme, runs_of
 from linpass.scoring import ratio_error
 
 RUNS, CURVES, SAMPLES = "runs", "curves", "samples"
@@ -97,6 +97,44 @@ def chosen_rates(sweep: Theme, runs: Sequence[Run], results: Results) -> dict[st
             best = min(zip(own, rows, strict=True), key=lambda pair: loss(pair[1]))[0]
             chosen[side] = best.flags["learning_rate"]
     return chosen
+
+
+@dataclass
+class Finished:
+    """A theme with the rows of its finished runs."""
+
+    theme: Theme
+    runs: list[tuple[Run, Row]]
+    planned: int
+
+    def sides(self) -> dict[str, list[Row]]:
+        """Rows by side, in the theme's order; without those that another program trained."""
+        found: dict[str, list[Row]] = {side: [] for side in self.theme.sides}
+        for run, row in self.runs:
+            if run.program == LINPASS:
+                found[run.side].append(row)
+        return {side: rows for side, rows in found.items() if rows}
+
+
+def finished(name: str, results: Results) -> Finished:
+    """A theme's finished runs; of one whose rates are not chosen yet, those of the sides whose rates are."""
+    smoke = any(row["settings"]["smoke"] for row in results.runs.values())
+    theme = read_theme(name, smoke)
+    rates = {}
+    if theme.rates_of:
+        sweep = read_theme(theme.rates_of, smoke)
+        rates = chosen_rates(sweep, runs_of(sweep, {}), results)
+    runs = runs_of(theme, rates)
+    rows = [(run, results.runs[run.key]) for run in runs if results.finished(run)]
+    return Finished(theme, rows, len(theme.seeds) * len(theme.sides) * max(1, len(theme.learning_rates)))
+
+
+def scores(rows: Iterable[Row], half: str, untouched: dict[str, Row]) -> dict[int, Row]:
+    """{seed: scores} of the rows that did not diverge, on a half of the validation documents."""
+    kept = [row for row in rows if "diverged" not in row]
+    if half == CHOOSING:
+        return {row["flags"]["seed"]: row[CHOOSING] for row in kept}
+    return {row["flags"]["seed"]: untouched[row["key"]] for row in kept if row["key"] in untouched}
 
 
 @dataclass
