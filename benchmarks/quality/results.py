@@ -73,11 +73,15 @@ class Results:
         return None if lacks_half else row
 
     def seconds(self, run: Run, assumed: float) -> float:
-        """How long a run may take: as the slowest of the same side, or of all, at its n; ``assumed`` is per token."""
-        evaluated = [row for row in self.runs.values() if CHOOSING in row]
-        alike = [row for row in evaluated if row["flags"]["seq_length"] == run.flags["seq_length"]]
-        alike = [row for row in alike if row["side"] == run.side] or alike
-        return max((row["seconds"] / row["tokens"] for row in alike), default=assumed) * run.tokens
+        """How long a run may take: per token as the last of its side, or as the slowest, at its n; else ``assumed``.
+
+        The last, because the first of a side compiles what the later ones find compiled.
+        """
+        rows = [row for row in self.runs.values() if CHOOSING in row]
+        rows = [row for row in rows if row["flags"]["seq_length"] == run.flags["seq_length"]]
+        rates = [row["seconds"] / row["tokens"] for row in rows]
+        own = [rate for rate, row in zip(rates, rows, strict=True) if row["side"] == run.side]
+        return (own[-1] if own else max(rates, default=assumed)) * run.tokens
 
 
 def loss(row: Row | None) -> float:

@@ -115,7 +115,7 @@ class Schedule:
     def fits(self, run: Run) -> bool:
         """Whether there is time for a run; one that can be resumed needs only enough to get somewhere."""
         room = self.ends - time.monotonic()
-        return room > (2 * GRACE if run.theme.resumable else 1.1 * self.results.seconds(run, ASSUMED))
+        return room > (2 * GRACE if run.theme.resumable else 1.2 * self.results.seconds(run, ASSUMED))
 
     def next_run(self, gpu: str | None) -> Run | None:
         """The first run there is time and room for on a GPU."""
