@@ -227,11 +227,9 @@ def mix_blocks(states_BGND: Tensor, weight_XCPR: Tensor, block_BC: Tensor | None
         weight_XCPR: mixing weights; C is 1 where one set serves all blocks (convolution, pooling).
         block_BC: number of each block in its row, where rows or documents do not start at column 0.
     """
-    sets, stored_blocks, block_size, slots = weight_XCPR.shape
+    stored_blocks, block_size, slots = weight_XCPR.shape[1:]
     batch, heads, tokens, dim = states_BGND.shape
-    blocks = tokens // block_size
-    if stored_blocks > 1 and block_BC is None:
-        blocks = min(blocks, stored_blocks)  # columns past seq_length hold padding only
+    blocks = mixed_blocks(tokens, weight_XCPR, block_BC)
     states_BGCPD = states_BGND[:, :, : blocks * block_size].reshape(batch, heads, blocks, block_size, dim)
     if stored_blocks == 1:
         weight = weight_XCPR[None]
@@ -240,6 +238,15 @@ def mix_blocks(states_BGND: Tensor, weight_XCPR: Tensor, block_BC: Tensor | None
     else:
         weight = weight_XCPR[:, block_BC[:, :blocks].clamp(0, stored_blocks - 1)].transpose(0, 1)
     return (weight.transpose(-1, -2) @ states_BGCPD).reshape(batch, heads, blocks * slots, dim)
+
+
+def mixed_blocks(tokens: int, weight_XCPR: Tensor, block_BC: Tensor | None) -> int:
+    """How many blocks of a row of ``tokens`` columns :func:`mix_blocks` makes slots of."""
+    stored_blocks, block_size = weight_XCPR.shape[1:3]
+    blocks = tokens // block_size
+    if stored_blocks > 1 and block_BC is None:
+        blocks = min(blocks, stored_blocks)  # columns past seq_length hold padding only
+    return blocks
 
 
 def mix_sequence(states_BGND: Tensor, weight_XNK: Tensor) -> Tensor:

@@ -260,6 +260,11 @@ def _unit_rows(*tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple([t if t is None or t.stride(-1) == 1 else t.contiguous() for t in tensors])
 
 
+def _every_row(numbers: Tensor | None, batch: int) -> Any:
+    """[1 or B, ...] as [B, ...], rows next to each other."""
+    return None if numbers is None else numbers.expand(batch, *numbers.shape[1:]).contiguous()
+
+
 def _like_tokens(states_BHND: Tensor) -> Tensor:
     """Uninitialised, same shape, [B, N, H, D] in memory: what the projections before and after want."""
     batch, heads, tokens, dim = states_BHND.shape
@@ -412,7 +417,7 @@ def _forward(query, key, value, slot_key, slot_value, first_block, layout, count
     query, key, value, slot_key, slot_value = _unit_rows(query, key, value, slot_key, slot_value)
     batch, heads, tokens, dim = query.shape
     groups, slots = slot_key.shape[1:3]
-    first_block = None if first_block is None else first_block.expand(batch, -1).contiguous()
+    first_block = _every_row(first_block, batch)
     output = _like_tokens(query)
     logsumexp = query.new_empty(batch, heads, tokens, dtype=torch.float32)
     tile = _tile("forward", _padded(dim), query.element_size(), causal)
@@ -444,7 +449,7 @@ def _query_and_slot_gradients(
     batch, heads, tokens, dim = query.shape
     groups, slots = slot_key.shape[1:3]
     padded, precision = _padded(dim), _precision(query.dtype)
-    first_block = None if first_block is None else first_block.expand(batch, -1).contiguous()
+    first_block = _every_row(first_block, batch)
     grad_query, delta = _like_tokens(query), torch.empty_like(logsumexp)
     tile = _tile("query", padded, query.element_size(), causal)
     _launch(
@@ -542,7 +547,7 @@ def _backward_shapes(grad, query, key, value, slot_key, slot_value, first_block,
 
 
 def _slots_forward(query, slot_key, slot_value, count):
-    count = None if count is None else count.expand(len(query)).contiguous()
+    count = _every_row(count, len(query))
     return _forward(query, None, None, slot_key, slot_value, None, NO_BLOCKS, count)
 
 
@@ -552,7 +557,7 @@ def _slots_forward_shapes(query, slot_key, slot_value, count):
 
 def _slots_backward(grad, query, slot_key, slot_value, count, output, logsumexp):
     """Gradients of the queries, and of slot keys and values as [2, B, K, G, D]."""
-    count = None if count is None else count.expand(len(query)).contiguous()
+    count = _every_row(count, len(query))
     grad, query, slot_key, slot_value = _unit_rows(grad, query, slot_key, slot_value)
     grad_query, _, grad_slots, _ = _query_and_slot_gradients(
         grad, query, None, None, slot_key, slot_value, None, output, logsumexp, NO_BLOCKS, count
@@ -575,7 +580,7 @@ def _attend_next_token(
     groups, slots = key.shape[1], slot_key.shape[2]
     shared, r = heads // groups, max(layout.slots_per_block, 1)
     cos, sin, slot_cos, slot_sin = (_angle_rows(angles, batch) for angles in (cos, sin, slot_cos, slot_sin))
-    index, keep = index.expand(batch, 1).contiguous(), None if keep is None else keep.contiguous().view(torch.uint8)
+    index, keep = _every_row(index, batch), None if keep is None else _every_row(keep, batch).view(torch.uint8)
     output = query.new_empty(batch, heads, 1, dim)
     tile = _tile("next", _padded(dim), query.element_size())
     _launch(
@@ -609,7 +614,7 @@ def _mix(key, value, key_weight, value_weight, cos, sin, number, layout):
         return slot_key, slot_value
     if cos is not None and min(cos.shape[-2], sin.shape[-2]) < slots:
         raise ValueError(f"slot_angles has {cos.shape[-2]} rows; {slots} slots need one each")
-    number = None if number is None else number.expand(batch, -1).contiguous()
+    number = _every_row(number, batch)
     cos, sin = _angle_rows(cos, batch), _angle_rows(sin, batch)
     blocks = max(1, MIXED_TOKENS // b)  # of a program
     tokens = min(MIXED_TOKENS if key.element_size() < 4 else 32, max(16, _power_of_two(blocks * b)))
@@ -629,11 +634,8 @@ def _mix(key, value, key_weight, value_weight, cos, sin, number, layout):
 
 def _mix_shapes(key, value, key_weight, value_weight, cos, sin, number, layout):
     batch, groups, tokens, dim = key.shape
-    stored, block_size, slots = key_weight.shape[1:]
-    blocks = tokens // block_size
-    if stored > 1 and number is None:
-        blocks = min(blocks, stored)  # columns past seq_length hold padding only
-    return tuple(key.new_empty(batch, groups, blocks * slots, dim) for _ in range(2))
+    slots = plain.mixed_blocks(tokens, key_weight, number) * key_weight.shape[3]
+    return tuple(key.new_empty(batch, groups, slots, dim) for _ in range(2))
 
 
 def _mix_and_attend(query, key, value, mixed_key, key_weight, value_weight, cos, sin, number, first_block, layout):
@@ -668,19 +670,13 @@ def _mixed_backward(
     query, key, value, _, _ = states
     if mixed_key is not None:
         (mixed_key,) = _unit_rows(mixed_key)
-    number = None if number is None else number.expand(batch, -1).contiguous()
+    number = _every_row(number, batch)
     grad_key, grad_value, grad_mixed_key, grad_weights = _token_gradients(
         grad, query, key, value, logsumexp, delta, end_block, layout, grad_slots, mixed_key,
         key_weight, value_weight, _angle_rows(cos, batch), _angle_rows(sin, batch), number, needs_weight,
     )  # fmt: skip
-    nothing = query.new_empty(0)
-    return (
-        grad_query,
-        grad_key,
-        grad_value,
-        nothing if grad_mixed_key is None else grad_mixed_key,
-        query.new_empty(0) if grad_weights is None else grad_weights,
-    )
+    rest = (query.new_empty(0) if grad is None else grad for grad in (grad_mixed_key, grad_weights))
+    return grad_query, grad_key, grad_value, *rest
 
 
 def _mixed_backward_shapes(

@@ -207,12 +207,13 @@ class LinformerAttention(nn.Module):
         Returns: [B, T, E], and probabilities [B, H, T, k + T] from the eager implementation, else None.
         """
         hidden_states = grid.place(hidden_states)
-        query = self.q_proj(hidden_states).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
-        key = self.k_proj(hidden_states).unflatten(-1, (self.key_value_heads, self.head_dim)).transpose(1, 2)
-        value = self.v_proj(hidden_states).unflatten(-1, (self.key_value_heads, self.head_dim)).transpose(1, 2)
-        if self.config.qk_norm:
+        query = self.q_proj(hidden_states).unflatten(-1, (self.heads, self.head_dim))
+        key = self.k_proj(hidden_states).unflatten(-1, (self.key_value_heads, self.head_dim))
+        value = self.v_proj(hidden_states).unflatten(-1, (self.key_value_heads, self.head_dim))
+        if self.config.qk_norm:  # before heads and tokens change places: norms copy what is not contiguous
             query = F.rms_norm(query, (self.head_dim,), eps=self.config.norm_eps).to(value.dtype)
             key = F.rms_norm(key, (self.head_dim,), eps=self.config.norm_eps).to(value.dtype)
+        query, key, value = (states.transpose(1, 2) for states in (query, key, value))
         weights = shared_weights if self.projection is None else self.projection(hidden_states)
         slot_angles = slot_angles.get(self.k)
         cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
