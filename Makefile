@@ -17,6 +17,8 @@ MONTH = $(shell date +%Y%m)
 RESULT ?= $(RESULTS)/attention_gpu_$(MONTH).json
 
 READY = $(VENV)/.ready
+# Processes that share the tests. Each computes on one core: most tests are too small for more.
+WORKERS ?= 2
 # The commands need nothing but what is in this folder and in VENV.
 OFFLINE = HF_HUB_OFFLINE=1
 
@@ -34,7 +36,7 @@ demo: setup
 	$(OFFLINE) $(VENV)/bin/linpass train
 
 test: setup
-	$(OFFLINE) $(VENV)/bin/python -m pytest -m "not gpu"
+	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not gpu" -n $(WORKERS) --dist worksteal
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -45,7 +45,7 @@ def test_every_row_is_written_and_stands_in_the_tables(trained):
     assert sorted(found) == sorted((section, name) for section, names in wanted.items() for name in names)
     for row in (row for part in models_gpu.PARTS for row in result[part] if "ms" in row):
         tokens = row["tokens_per_step"] if "mode" in row else row["n"] * row["batch"]
-        assert row["tokens_per_s"] == pytest.approx(1e3 * tokens / row["ms"][0], rel=1e-3)
+        assert row["tokens_per_s"] == pytest.approx(1e3 * tokens / row["ms"][0], rel=1e-3, abs=0.06)
         assert row["repeats"] == 4
     page = path.with_suffix(".md").read_text()
     assert all(name in page for name in (*cases.CAUSAL, "BERT", "## Training", "## Prefill"))
@@ -203,7 +203,7 @@ def test_every_way_to_decode_is_measured_or_says_why_not(decoded):
         assert rows[context, "linpass, CUDA graph"]["failed"] == "ValueError: CUDA graphs need a CUDA device"
         for name in ("linpass, eager", "linpass, generate", "Llama, generate", "Llama, dynamic cache"):
             row = rows[context, name]
-            assert row["tokens_per_s"] == pytest.approx(1e3 * batch / row["ms"][0], rel=1e-3)
+            assert row["tokens_per_s"] == pytest.approx(1e3 * batch / row["ms"][0], rel=1e-3, abs=0.06)
     for name, grows in (("linpass, eager", False), ("Llama, dynamic cache", True)):
         a_row = [rows[context, name]["cache_bytes"] / batch for context, batch in decoding_gpu.SMOKE.situations]
         assert (a_row[1] > 1.5 * a_row[0]) if grows else (a_row[0] == a_row[1])
