@@ -350,8 +350,11 @@ class LinformerForCausalLM(LinformerPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """See :meth:`LinformerModel.forward`; ``labels`` are the inputs, shifted inside, -100 is ignored.
 
-        In packed rows set the first label of every document to -100: its prediction comes from another document.
+        In packed rows set the first label of every document to -100: its prediction comes from another document. With
+        labels there is no cache unless ``use_cache`` asks for one: a loss is wanted, not a continuation.
         """
+        if use_cache is None and labels is not None and past_key_values is None:
+            use_cache = False
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

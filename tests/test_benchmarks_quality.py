@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.quality import leaking
+from benchmarks.quality import leaking, variants
 from benchmarks.quality.__main__ import main
 from benchmarks.quality.data import CHOOSING, UNTOUCHED, part_folders, split_documents, unpack
 from benchmarks.quality.experiments import (
@@ -27,7 +27,7 @@ from benchmarks.quality.report import write_report
 from benchmarks.quality.results import Results, Spread, chosen_rates, difference, finished
 from benchmarks.quality.schedule import Schedule, Settings
 from benchmarks.quality.tables import loss_table
-from linpass import LinformerConfig, LinformerForCausalLM, LinformerForMaskedLM
+from linpass import LinformerConfig, LinformerForCausalLM, LinformerForMaskedLM, layers_linformer
 from linpass.errors import InputError
 from linpass.training.documents import python_documents
 from linpass.training.tokens import TokenStore
@@ -364,3 +364,51 @@ def test_the_honest_loss_is_that_of_whole_rows_without_a_leak_alone():
         apart[causal] = abs(honest - whole)
     assert apart[True] < 1e-5
     assert apart[False] > 1e-3
+
+
+@pytest.fixture
+def small_model():
+    config = LinformerConfig(
+        vocab_size=50,
+        embed_dim=32,
+        depth=2,
+        heads=2,
+        seq_length=32,
+        k=8,
+        block_size=8,
+        window_size=8,
+        position_embedding="rotary",
+        rank=None,
+        dropout=0.0,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    torch.manual_seed(0)
+    return lambda: LinformerForCausalLM(config).double().eval()
+
+
+def test_slots_and_window_are_normalised_apart_and_nothing_leaks(small_model, monkeypatch):
+    monkeypatch.setattr(layers_linformer, "mix_and_attend", layers_linformer.mix_and_attend)
+    model, ids = small_model(), torch.randint(0, 50, (2, 32))
+    later = ids.clone()
+    later[:, 20:] = 1
+    with torch.no_grad():
+        plain = model(ids, use_cache=False).logits
+        variants.use_variant("dual norm")
+        logits = model(ids, use_cache=False).logits
+        assert (plain - logits).abs().max() > 1e-3
+        assert (model(later, use_cache=False).logits - logits)[:, :20].abs().max() == 0
+        for layer in model.model.layers:  # what is normalised has no scale
+            layer.attention.k_proj.weight *= 1e3
+            layer.attention.v_proj.weight *= 1e3
+        assert (model(ids, use_cache=False).logits - logits).abs().max() < 1e-6
+
+
+def test_output_layers_start_at_zero(small_model, monkeypatch):
+    monkeypatch.setattr(layers_linformer, "_residual_std", layers_linformer._residual_std)
+    variants.use_variant("zero output")
+    for layer in small_model().model.layers:
+        assert not layer.attention.o_proj.weight.any()
+        assert not layer.mlp.down_proj.weight.any()
+        assert layer.attention.q_proj.weight.any()

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tolerances import ORACLE
 from transformers import AutoModel, Trainer, TrainingArguments
 
 from linpass import (
@@ -469,3 +470,12 @@ def test_autocast_trains(tiny_config):
     mixed.backward()
     assert abs(mixed - model(ids, attention_mask=mask, labels=ids).loss) < 0.02
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_a_loss_makes_no_cache_unless_asked(build, tiny_config):
+    model = build(LinformerForCausalLM, tiny_config())
+    ids = torch.randint(0, 50, (2, 20))
+    plain, cached = model(ids, labels=ids), model(ids, labels=ids, use_cache=True)
+    assert plain.past_key_values is None
+    assert cached.past_key_values.get_seq_length() == model(ids).past_key_values.get_seq_length() == 20
+    assert (plain.loss - cached.loss).abs() < ORACLE

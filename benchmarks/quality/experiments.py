@@ -15,7 +15,8 @@ A theme holds
 
 and, where they hold, ``untouched`` (score that half too), ``sample`` (let the models write), ``resumable`` (longer than
 one command), ``alone`` (one process on a GPU, for speed), ``evaluate`` false (speed only). In a side, ``rate_of`` names
-the side of the sweep whose rate it takes, if not its own, and ``program`` another program than ``linpass train``.
+the side of the sweep whose rate it takes, if not its own, ``program`` another program than ``linpass train``, and
+``variant`` a change of the model that the package has no field for (``variants.py``).
 """
 
 import hashlib
@@ -25,6 +26,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality.variants import VARIANTS
 from linpass.errors import InputError
 from linpass.training.arguments import read_preset
 
@@ -32,6 +34,7 @@ FOLDER = Path(__file__).parent
 EVALUATIONS = 6  # along the way
 KEYS = {"question", "preset", "tokens", "flags", "sides", "learning_rates", "rates_of", "rate_of", "seeds", "reference"}
 KEYS |= {"parts", "untouched", "sample", "resumable", "alone", "evaluate"}
+OF_SIDES = {"rate_of", "program", "variant"}  # what a side may set that is no flag
 LINPASS, LEAKING = "linpass train", "leaking"
 # A rehearsal on a processor: sizes at which every run of every theme takes seconds.
 SMOKE = {"embed_dim": 32, "heads": 2, "depth": 2, "intermediate_size": 4096, "logging_steps": 1}
@@ -70,11 +73,12 @@ class Run:
     side: str
     flags: dict[str, Any]
     program: str = LINPASS
+    variant: str | None = None
 
     @property
     def key(self) -> str:
         """The same for two runs of the same flags, whatever theme asks for them."""
-        text = json.dumps([self.program, self.theme.preset, self.flags], sort_keys=True)
+        text = json.dumps([self.program, self.variant, self.theme.preset, self.flags], sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     @property
@@ -138,11 +142,12 @@ def runs_of(theme: Theme, rates: dict[str, float]) -> list[Run]:
 
 def make_run(theme: Theme, side: str, rate: float, seed: int) -> Run:
     """A run with all its flags."""
-    own = {name: value for name, value in theme.sides[side].items() if name not in ("rate_of", "program")}
+    own = {name: value for name, value in theme.sides[side].items() if name not in OF_SIDES}
     flags = theme.flags | own | {"learning_rate": rate, "seed": seed}
     steps = theme.tokens // step_tokens(theme.preset, flags)
     flags |= {"max_steps": steps, "eval_steps": max(1, -(-steps // EVALUATIONS))}
-    return Run(theme, side, flags, theme.sides[side].get("program", LINPASS))
+    values = theme.sides[side]
+    return Run(theme, side, flags, values.get("program", LINPASS), values.get("variant"))
 
 
 def step_tokens(preset: str, flags: dict[str, Any]) -> int:
@@ -165,6 +170,8 @@ def check(run: Run) -> None:
     from linpass.training.parser import TrainParser
     from linpass.training.train import build_config, check_numbers
 
+    if run.variant is not None and run.variant not in VARIANTS:
+        raise InputError(f"variant={run.variant!r} must be one of: {', '.join(VARIANTS)}")
     try:
         parsed = TrainParser().parse([*run.command(), "--output_dir", "nowhere"])
         build_config(parsed)

@@ -149,7 +149,12 @@ class Schedule:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ANSWER).unlink(missing_ok=True)
         speed = ["--bf16", str(settings.bf16), "--torch_compile", str(settings.torch_compile)]
-        order = {"program": run.program, "command": [*run.command(), *speed], "data": str(settings.data.resolve())}
+        order = {
+            "program": run.program,
+            "variant": run.variant,
+            "command": [*run.command(), *speed],
+            "data": str(settings.data.resolve()),
+        }
         order |= {"seq_length": run.flags["seq_length"], "dtype": settings.dtype, "flags": run.flags}
         order |= {name: getattr(run.theme, name) for name in ("parts", "evaluate", "untouched", "sample", "resumable")}
         (folder / "order.json").write_text(json.dumps(order, indent=1), encoding="utf-8")

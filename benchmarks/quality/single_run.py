@@ -38,11 +38,12 @@ def carry_out(order: dict[str, Any], folder: Path) -> dict[str, Any] | None:
     """Train, measure, sample; None where a signal stopped the training.
 
     Args:
-        order: ``program``, ``command``, ``flags``, ``seq_length``, ``data``, ``parts``, ``dtype``, ``evaluate``,
-            ``untouched``, ``sample``, ``resumable``.
+        order: ``program``, ``variant``, ``command``, ``flags``, ``seq_length``, ``data``, ``parts``, ``dtype``,
+            ``evaluate``, ``untouched``, ``sample``, ``resumable``.
         folder: for the model and checkpoints; both are deleted when all is measured.
     """
     from benchmarks.environment import describe
+    from benchmarks.quality.variants import use_variant
 
     start = time.perf_counter()
     if order["program"] == LEAKING:
@@ -50,6 +51,7 @@ def carry_out(order: dict[str, Any], folder: Path) -> dict[str, Any] | None:
 
         answer = train_leaking(order)
     else:
+        use_variant(order["variant"])
         trained = train(order, folder)
         if trained is None:
             return None

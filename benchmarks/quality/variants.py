@@ -1,0 +1,49 @@
+"""Changes of the model that an ablation asks about and that the package has no field for.
+
+A variant is the value of ``variant`` of a side in a theme; it holds for the process that trains and measures one run.
+It changes attention over whole rows, not steps of one token, so a variant writes no samples.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from linpass import layers_linformer
+from linpass.attention_linformer import mix_and_attend
+from linpass.kernels_linformer import attend_blocks
+
+
+def use_variant(name: str | None) -> None:
+    """Change the model of this process; None changes nothing."""
+    if name is not None:
+        VARIANTS[name]()
+
+
+def normalise_both() -> None:
+    """Keys and values of slots and of the window, each by the root of its mean square per head, before the softmax.
+
+    Source: Zhu et al. 2021 (Transformer-LS), section 3.4, DualLN; here without weights, as the preset's QK-norm is.
+    """
+
+    def attend(query, key, value, slot_key, slot_value, layout, first_block_BC=None) -> Tensor:
+        states = [_unit_mean_square(part) for part in (key, value, slot_key, slot_value)]
+        return attend_blocks(query, *states, layout, first_block_BC)
+
+    def mixed(*arguments: Any, **options: Any) -> Tensor:
+        return mix_and_attend(*arguments, **options, attend=attend)
+
+    layers_linformer.mix_and_attend = mixed
+
+
+def _unit_mean_square(states: Tensor) -> Tensor:
+    return F.rms_norm(states, states.shape[-1:]).to(states.dtype)
+
+
+def zero_output() -> None:
+    """Layers that add to the residual stream start at zero (Zhang et al. 2019, Fixup): a model starts without them."""
+    layers_linformer._residual_std = lambda config: 0.0
+
+
+VARIANTS: dict[str, Callable[[], None]] = {"dual norm": normalise_both, "zero output": zero_output}
