@@ -17,7 +17,7 @@ class LinformerCacheLayer(CacheLayerMixin):
     """What one layer remembers: the last w tokens exactly, complete blocks as slots, and the block under way.
 
     Bytes: ``2 * B * G * (k + w) * D * itemsize`` for ring and slots; ``2 * B * G * r * D * max(itemsize, 4)`` for the
-    block under way, summed in float32 at least; 8 a row for the count of tokens, 8 for that of columns.
+    block under way, summed in float32 at least; counters.
 
     Tensors keep their addresses from the first token on, unless a gradient is recorded through them: CUDA graphs and
     compiled steps write where the last step wrote.
@@ -29,6 +29,7 @@ class LinformerCacheLayer(CacheLayerMixin):
         seen: tokens per row, [B]; masked tokens do not count.
         columns: tokens per row, masked ones included: what transformers calls the sequence length. A tensor, as
             whatever changes with every step of a compiled loop has to be.
+        arrived: 0 between calls, [B, G]; the kernel of the next token counts its programs in it.
         is_compileable: ``generate`` compiles the steps that use this cache.
     """
 
@@ -36,7 +37,7 @@ class LinformerCacheLayer(CacheLayerMixin):
     is_croppable = False
     is_sliding = False
     supports_early_init = False
-    _rows = ("keys", "values", "slot_keys", "slot_values", "block_keys", "block_values", "seen")
+    _rows = ("keys", "values", "slot_keys", "slot_values", "block_keys", "block_values", "seen", "arrived")
     _tensors = (*_rows, "columns")
 
     def __init__(self, config: LinformerConfig, layer_idx: int, is_compileable: bool = False):
@@ -64,12 +65,13 @@ class LinformerCacheLayer(CacheLayerMixin):
         self.block_values = self.block_keys.clone()
         self.seen = torch.zeros(batch, dtype=torch.long, device=self.device)
         self.columns = torch.zeros((), dtype=torch.long, device=self.device)
+        self.arrived = torch.zeros(batch, heads, dtype=torch.int32, device=self.device)
         self.is_initialized = True
         self._fix_addresses()
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All there is to remember, in the order of the attributes above."""
+        """All of them, as ``attend_next_token`` takes them."""
         return tuple(getattr(self, name) for name in self._tensors)
 
     def _fix_addresses(self) -> None:

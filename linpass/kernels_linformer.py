@@ -31,6 +31,8 @@ from .triton_linformer import triton  # by name: so transformers copies the file
 
 # Programs that fill a large GPU a few times over: the slots of a few long rows are cut until there are so many.
 ENOUGH_PROGRAMS = 1024
+# Programs that the next token of a few rows is shared by: about as many as a large GPU has processors.
+ENOUGH_SPLITS = 128
 # Tokens that a program of the mixing reads at a time.
 MIXED_TOKENS = 64
 # Programs along the second and third dimension of a CUDA grid.
@@ -134,7 +136,7 @@ def attend_next_token(
     Args:
         query_BH1D, key_BG1D, value_BG1D: not rotated.
         memory: tensors of a ``LinformerCacheLayer``: ``keys, values, slot_keys, slot_values, block_keys, block_values,
-            seen, columns``, changed in place.
+            seen, arrived, columns``, changed in place.
         weights: mixing weights of keys and of values, [X, C, P, R]; None without slots.
         index_B1: index of the token in its row; of a masked one any number.
         keep_B1: rows whose token is real; others change nothing and get what has no meaning. None: all.
@@ -571,7 +573,7 @@ def _slots_backward_shapes(grad, query, slot_key, slot_value, count, output, log
 
 
 def _attend_next_token(
-    query, key, value, ring_key, ring_value, slot_key, slot_value, block_key, block_value, seen, columns,
+    query, key, value, ring_key, ring_value, slot_key, slot_value, block_key, block_value, seen, arrived, columns,
     index, keep, key_weight, value_weight, cos, sin, slot_cos, slot_sin, layout,
 ):  # fmt: skip
     layout = BlockLayout(*layout)
@@ -581,23 +583,32 @@ def _attend_next_token(
     shared, r = heads // groups, max(layout.slots_per_block, 1)
     cos, sin, slot_cos, slot_sin = (_angle_rows(angles, batch) for angles in (cos, sin, slot_cos, slot_sin))
     index, keep = _every_row(index, batch), None if keep is None else _every_row(keep, batch).view(torch.uint8)
+    tile, queries = _tile("next", _padded(dim), query.element_size()), max(16, _power_of_two(shared))
+    splits, rows = _split_slots(slots, tile.keys, batch * groups)
     output = query.new_empty(batch, heads, 1, dim)
-    tile = _tile("next", _padded(dim), query.element_size())
+    partial = query.new_empty(batch * groups * splits * queries * (_padded(dim) + 2), dtype=torch.float32)
     _launch(
-        kernels.next_token_kernel, (groups, batch, 1), tile,
+        kernels.next_token_kernel, (groups, batch, splits), tile,
         (
-            query, key, value, ring_key, ring_value, slot_key, slot_value, block_key, block_value, seen, columns,
-            index, keep, key_weight, value_weight, cos, sin, slot_cos, slot_sin, output,
+            query, key, value, ring_key, ring_value, slot_key, slot_value, block_key, block_value, seen, arrived,
+            columns, index, keep, key_weight, value_weight, cos, sin, slot_cos, slot_sin, partial, output,
         ),
         (
             *map(_strides, (query, key, value, key_weight, value_weight)), _strides(cos)[0], _strides(slot_cos)[0],
             1 if key_weight is None else key_weight.shape[1], ring_key.shape[2], slots, dim**-0.5,
             slots > 0, keep is not None, cos is not None, key_weight is not None and key_weight.shape[0] > 1,
-            shared, layout.block_size, r, dim, _padded(dim), _precision(query.dtype),
-            max(16, _power_of_two(shared)), tile.keys, min(32, max(16, _power_of_two(r))),
+            shared, layout.block_size, r, splits, rows, dim, _padded(dim), _precision(query.dtype),
+            queries, tile.keys, min(32, max(16, _power_of_two(r))),
         ),
     )  # fmt: skip
     return output
+
+
+def _split_slots(slots: int, keys: int, groups: int) -> tuple[int, int]:
+    """Programs that share the slots of a group, and rows of each, so that few rows of a batch still fill a GPU."""
+    tiles = max(1, -(-slots // keys))
+    rows = -(-tiles // max(1, ENOUGH_SPLITS // groups)) * keys
+    return max(1, -(-slots // rows)), rows
 
 
 def _attend_next_token_shapes(query, *rest):
@@ -750,9 +761,9 @@ _WEIGHTS = "Tensor key_weight, Tensor value_weight, Tensor? cos, Tensor? sin, Te
     ),
     attend_next_token=(
         "(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) slot_keys,"
-        " Tensor(d!) slot_values, Tensor(e!) block_keys, Tensor(f!) block_values, Tensor(g!) seen, Tensor(h!) columns,"
-        " Tensor index, Tensor? keep, Tensor? key_weight, Tensor? value_weight, Tensor? cos, Tensor? sin,"
-        " Tensor? slot_cos, Tensor? slot_sin, int[] layout) -> Tensor",
+        " Tensor(d!) slot_values, Tensor(e!) block_keys, Tensor(f!) block_values, Tensor(g!) seen, Tensor(h!) arrived,"
+        " Tensor(i!) columns, Tensor index, Tensor? keep, Tensor? key_weight, Tensor? value_weight, Tensor? cos,"
+        " Tensor? sin, Tensor? slot_cos, Tensor? slot_sin, int[] layout) -> Tensor",
         _attend_next_token,
         _attend_next_token_shapes,
     ),

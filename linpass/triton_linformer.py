@@ -545,127 +545,180 @@ if triton is not None:
         else:
             return states, states
 
+    @triton.jit
+    def _add_rows(
+        highest, total, summed, queries, key, value, start, stop, hidden, unhidden, scale,
+        DIM: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr, KEYS: tl.constexpr,
+    ):
+        """The running softmax of queries that see rows start ... stop - 1, but not hidden ... unhidden - 1."""
+        for at in range(start, stop, KEYS):
+            row = at + tl.arange(0, KEYS)
+            keys = _load_rows(key, at, stop, DIM, KEYS, DIM, PADDED)
+            values = _load_rows(value, at, stop, DIM, KEYS, DIM, PADDED)
+            scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+            visible = (row < stop) & ((row < hidden) | (row >= unhidden))
+            scores = tl.where(visible[None, :], scores, float("-inf"))
+            highest, total, summed = _add_tile(highest, total, summed, scores, values, scale, PRECISION)
+        return highest, total, summed
+
+    @triton.jit
+    def _add_to_block(
+        highest, total, summed, queries, key, value, block_key, block_value, slot_key, slot_value,
+        key_weight, value_weight, key_weight_stride, value_weight_stride, cos, sin, completes, kept, scale,
+        TURNED: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
+        SLOT_TILE: tl.constexpr,
+    ):
+        """Adds a token to the block under way; where that completes it, its slots are stored, and seen."""
+        column, alone = tl.arange(0, PADDED), tl.zeros([1], tl.int32)
+        new_value = _load_turned(value, alone, alone == 0, 0, None, None, False, DIM, PADDED)[0]
+        for first in range(0, SLOTS, SLOT_TILE):
+            slot = first + tl.arange(0, SLOT_TILE)
+            inside = slot < SLOTS
+            if TURNED:
+                cosine = _load_rows(cos, first, SLOTS, DIM, SLOT_TILE, DIM, PADDED).to(tl.float32)
+                sine = _load_rows(sin, first, SLOTS, DIM, SLOT_TILE, DIM, PADDED).to(tl.float32)
+            else:
+                cosine, sine = None, None
+            # Turning is linear: the sum turned is the sum of what was begun, turned, and of the new key, turned.
+            new_key, new_turned = _load_turned(key, alone, alone == 0, 0, cosine, sine, TURNED, DIM, PADDED)
+            mixed_key, turned = _load_turned(block_key, slot, inside, DIM, cosine, sine, TURNED, DIM, PADDED)
+            mixed_value = _load_turned(block_value, slot, inside, DIM, None, None, False, DIM, PADDED)[0]
+            weight = tl.load(key_weight + slot * key_weight_stride, mask=inside, other=0.0).to(tl.float32)[:, None]
+            mixed_key += weight * new_key
+            turned += weight * new_turned
+            weight = tl.load(value_weight + slot * value_weight_stride, mask=inside, other=0.0).to(tl.float32)[:, None]
+            mixed_value += weight * new_value
+            tl.debug_barrier()  # all threads have read the sums that some now overwrite
+            at = slot[:, None] * DIM + column[None, :]
+            written = inside[:, None] & (column < DIM * kept)[None, :]
+            tl.store(block_key + at, tl.where(completes, 0.0, mixed_key), mask=written)
+            tl.store(block_value + at, tl.where(completes, 0.0, mixed_value), mask=written)
+            if completes:
+                keys, values = turned.to(slot_key.dtype.element_ty), mixed_value.to(slot_value.dtype.element_ty)
+                tl.store(slot_key + at, keys, mask=written)
+                tl.store(slot_value + at, values, mask=written)
+                scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+                scores = tl.where(inside[None, :], scores, float("-inf"))
+                highest, total, summed = _add_tile(highest, total, summed, scores, values, scale, PRECISION)
+        return highest, total, summed
+
     @kernel
     def next_token_kernel(
-        query, key, value, ring_key, ring_value, slot_key, slot_value, block_key, block_value, seen, columns,
-        index, keep, key_weight, value_weight, cos, sin, slot_cos, slot_sin, output,
+        query, key, value, ring_key, ring_value, slot_key, slot_value, block_key, block_value, seen, arrived, columns,
+        index, keep, key_weight, value_weight, cos, sin, slot_cos, slot_sin, partial, output,
         query_strides, key_strides, value_strides, key_weight_strides, value_weight_strides,
         angle_stride, slot_angle_stride, stored, window, S, scale,
         MIXED: tl.constexpr, HAS_KEEP: tl.constexpr, TURNED: tl.constexpr, PER_GROUP: tl.constexpr,
-        SHARED: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr,
+        SHARED: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
         DIM: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
         QUERIES: tl.constexpr, KEYS: tl.constexpr, SLOT_TILE: tl.constexpr,
     ):
         """The next token of a row, one group: what it attends to, and what the cache remembers of it.
 
-        What the token itself changes, its row of the ring and the slots of the block that it completes, is attended to
-        from registers and masked where it lies in memory, where other threads may have written it already or not yet.
+        SPLITS programs share the slots, ROWS each; the first has the token itself and the ring beside, and the last to
+        arrive adds up what all found, in their order. What the token changes, its row of the ring and the slots of the
+        block that it completes, is attended to from registers and hidden where it lies in memory, which other threads
+        may have written already or not yet.
         """
-        groups, group = tl.num_programs(0), tl.program_id(0)
+        groups, group, split = tl.num_programs(0), tl.program_id(0), tl.program_id(2)
         batch = tl.cast(tl.program_id(1), tl.int64)
         place = batch * groups + group
         position = tl.load(index + batch).to(tl.int32)
         kept = tl.load(keep + batch).to(tl.int32) if HAS_KEEP else 1
-        column = tl.arange(0, PADDED)
-        features = column < DIM
-        head, alone = tl.arange(0, QUERIES), tl.zeros([1], tl.int32)
+        column, head, alone = tl.arange(0, PADDED), tl.arange(0, QUERIES), tl.zeros([1], tl.int32)
         if TURNED:
+            features = column < DIM
             cosine = tl.load(cos + batch * angle_stride + column, mask=features, other=0.0).to(tl.float32)[None, :]
             sine = tl.load(sin + batch * angle_stride + column, mask=features, other=0.0).to(tl.float32)[None, :]
         else:
             cosine, sine = None, None
-
         query += batch * query_strides[0] + group * SHARED * query_strides[1]
-        key += batch * key_strides[0] + group * key_strides[1]
-        value += batch * value_strides[0] + group * value_strides[1]
         queries = _load_turned(query, head, head < SHARED, query_strides[1], cosine, sine, TURNED, DIM, PADDED)[1]
         queries = queries.to(query.dtype.element_ty)
-        new_key, near_key = _load_turned(key, alone, alone == 0, 0, cosine, sine, TURNED, DIM, PADDED)
-        new_value = _load_turned(value, alone, alone == 0, 0, None, None, False, DIM, PADDED)[0]
-        near_key = near_key.to(ring_key.dtype.element_ty)
-        ring_key += place * window * DIM
-        ring_value += place * window * DIM
-        at_ring = position % window
-        written = (column < DIM * kept)[None, :]  # nothing of a masked token
-        tl.store(ring_key + at_ring * DIM + column[None, :], near_key, mask=written)
-        tl.store(ring_value + at_ring * DIM + column[None, :], new_value.to(ring_value.dtype.element_ty), mask=written)
 
-        highest = tl.sum(queries.to(tl.float32) * near_key.to(tl.float32), 1) * (scale * LOG2_E)
-        total = tl.full([QUERIES], 1.0, tl.float32)
-        summed = tl.zeros([QUERIES, PADDED], tl.float32) + new_value
+        number = position // BLOCK
+        within = position - number * BLOCK
+        completes = within == BLOCK - 1
+        slot_key += place * S * DIM
+        slot_value += place * S * DIM
+        blocks = tl.maximum(S // SLOTS, 1)
+        held = tl.minimum(number * SLOTS, S)
+        at_slots = number % blocks * SLOTS  # of the block under way, in place of the one that then leaves the view
 
-        if MIXED:
-            number = position // BLOCK
-            within = position - number * BLOCK
-            completes = within == BLOCK - 1
-            blocks = S // SLOTS
-            held = tl.minimum(number, blocks) * SLOTS
-            # Rows of the block that leaves the view, or of the one that comes in its place; behind all others: none.
-            at_slots = tl.where(completes, number % blocks * SLOTS, held)
-            of_weight = tl.minimum(number, stored - 1)
-            key_weight += of_weight * key_weight_strides[1] + within * key_weight_strides[2]
-            value_weight += of_weight * value_weight_strides[1] + within * value_weight_strides[2]
-            if PER_GROUP:
-                key_weight += group * key_weight_strides[0]
-                value_weight += group * value_weight_strides[0]
-            slot_key += place * S * DIM
-            slot_value += place * S * DIM
-            block_key += place * SLOTS * DIM
-            block_value += place * SLOTS * DIM
-            for first in range(0, SLOTS, SLOT_TILE):
-                slot = first + tl.arange(0, SLOT_TILE)
-                inside = slot < SLOTS
-                weight = tl.load(key_weight + slot * key_weight_strides[3], mask=inside, other=0.0)
-                weight = weight.to(tl.float32)[:, None]
+        highest = tl.full([QUERIES], float("-inf"), tl.float32)
+        total = tl.zeros([QUERIES], tl.float32)
+        summed = tl.zeros([QUERIES, PADDED], tl.float32)
+        if split == 0:
+            key += batch * key_strides[0] + group * key_strides[1]
+            value += batch * value_strides[0] + group * value_strides[1]
+            ring_key += place * window * DIM
+            ring_value += place * window * DIM
+            at_ring = position % window
+            new_key = _load_turned(key, alone, alone == 0, 0, cosine, sine, TURNED, DIM, PADDED)[1]
+            new_key = new_key.to(ring_key.dtype.element_ty)
+            new_value = _load_turned(value, alone, alone == 0, 0, None, None, False, DIM, PADDED)[0]
+            written = (column < DIM * kept)[None, :]  # nothing of a masked token
+            tl.store(ring_key + at_ring * DIM + column[None, :], new_key, mask=written)
+            tl.store(
+                ring_value + at_ring * DIM + column[None, :], new_value.to(ring_value.dtype.element_ty), mask=written)
+            highest = tl.sum(queries.to(tl.float32) * new_key.to(tl.float32), 1) * (scale * LOG2_E)
+            total += 1.0
+            summed += new_value
+            if MIXED:
+                of_weight = tl.minimum(number, stored - 1)
+                key_weight += of_weight * key_weight_strides[1] + within * key_weight_strides[2]
+                value_weight += of_weight * value_weight_strides[1] + within * value_weight_strides[2]
+                if PER_GROUP:
+                    key_weight += group * key_weight_strides[0]
+                    value_weight += group * value_weight_strides[0]
                 if TURNED:
-                    angle = batch * slot_angle_stride
-                    slot_cosine = _load_rows(slot_cos + angle, first, SLOTS, DIM, SLOT_TILE, DIM, PADDED).to(tl.float32)
-                    slot_sine = _load_rows(slot_sin + angle, first, SLOTS, DIM, SLOT_TILE, DIM, PADDED).to(tl.float32)
-                    new_turned = _load_turned(
-                        key, alone, alone == 0, 0, slot_cosine, slot_sine, True, DIM, PADDED)[1]
-                else:
-                    slot_cosine, slot_sine, new_turned = None, None, new_key
-                begun, turned = _load_turned(
-                    block_key, slot, inside, DIM, slot_cosine, slot_sine, TURNED, DIM, PADDED)
-                begun += weight * new_key
-                turned += weight * new_turned
-                weight = tl.load(value_weight + slot * value_weight_strides[3], mask=inside, other=0.0)
-                begun_value = _load_turned(block_value, slot, inside, DIM, None, None, False, DIM, PADDED)[0]
-                begun_value += weight.to(tl.float32)[:, None] * new_value
-                keys, values = turned.to(query.dtype.element_ty), begun_value.to(query.dtype.element_ty)
-                tl.debug_barrier()  # all threads have read the sums that some now overwrite
-                into = inside[:, None] & (column < DIM * kept)[None, :]
-                offset = slot[:, None] * DIM + column[None, :]
-                tl.store(block_key + offset, tl.where(completes, 0.0, begun), mask=into)
-                tl.store(block_value + offset, tl.where(completes, 0.0, begun_value), mask=into)
-                if completes:
-                    tl.store(slot_key + at_slots * DIM + offset, keys, mask=into)
-                    tl.store(slot_value + at_slots * DIM + offset, values, mask=into)
-                    scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-                    scores = tl.where(inside[None, :], scores, float("-inf"))
-                    highest, total, summed = _add_tile(highest, total, summed, scores, values, scale, PRECISION)
-            for at in range(0, held, KEYS):
-                row = at + tl.arange(0, KEYS)
-                keys = _load_rows(slot_key, at, held, DIM, KEYS, DIM, PADDED)
-                values = _load_rows(slot_value, at, held, DIM, KEYS, DIM, PADDED)
-                scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-                visible = (row < at_slots) | ((row >= at_slots + SLOTS) & (row < held))
-                scores = tl.where(visible[None, :], scores, float("-inf"))
-                highest, total, summed = _add_tile(highest, total, summed, scores, values, scale, PRECISION)
-
-        held = tl.minimum(position, window)
-        for at in range(0, held, KEYS):
-            row = at + tl.arange(0, KEYS)
-            keys = _load_rows(ring_key, at, held, DIM, KEYS, DIM, PADDED)
-            values = _load_rows(ring_value, at, held, DIM, KEYS, DIM, PADDED)
-            scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-            scores = tl.where(((row < held) & (row != at_ring))[None, :], scores, float("-inf"))
-            highest, total, summed = _add_tile(highest, total, summed, scores, values, scale, PRECISION)
+                    slot_cos += batch * slot_angle_stride
+                    slot_sin += batch * slot_angle_stride
+                highest, total, summed = _add_to_block(
+                    highest, total, summed, queries, key, value,
+                    block_key + place * SLOTS * DIM, block_value + place * SLOTS * DIM,
+                    slot_key + at_slots * DIM, slot_value + at_slots * DIM, key_weight, value_weight,
+                    key_weight_strides[3], value_weight_strides[3], slot_cos, slot_sin, completes, kept, scale,
+                    TURNED, SLOTS, DIM, PADDED, PRECISION, SLOT_TILE)
+            highest, total, summed = _add_rows(
+                highest, total, summed, queries, ring_key, ring_value, 0, tl.minimum(position, window),
+                at_ring, at_ring + 1, scale, DIM, PADDED, PRECISION, KEYS)
+            if group == 0:
+                tl.store(seen + batch, (position + 1).to(tl.int64), mask=kept != 0)
+                if batch == 0:
+                    tl.store(columns, tl.load(columns) + 1)
+        if MIXED:
+            hidden = tl.where(completes, at_slots, S)
+            highest, total, summed = _add_rows(
+                highest, total, summed, queries, slot_key, slot_value, split * ROWS,
+                tl.minimum(held, split * ROWS + ROWS), hidden, hidden + SLOTS, scale, DIM, PADDED, PRECISION, KEYS)
 
         output += (place * SHARED + head[:, None]) * DIM + column[None, :]
-        inside = (head < SHARED)[:, None] & features[None, :]
-        tl.store(output, (summed * (1 / total)[:, None]).to(output.dtype.element_ty), mask=inside)
-        if group == 0:
-            tl.store(seen + batch, (position + 1).to(tl.int64), mask=kept != 0)
-            if batch == 0:
-                tl.store(columns, tl.load(columns) + 1)
+        of_head = (head < SHARED)[:, None] & (column < DIM)[None, :]
+        if SPLITS == 1:
+            tl.store(output, (summed * (1 / total)[:, None]).to(output.dtype.element_ty), mask=of_head)
+        else:
+            # Of a program: highest scores, denominators, then weighted values.
+            length: tl.constexpr = QUERIES * (PADDED + 2)
+            matrix = 2 * QUERIES + head[:, None] * PADDED + column[None, :]
+            partial += place * SPLITS * length
+            mine = partial + split * length
+            tl.store(mine + head, highest)
+            tl.store(mine + QUERIES + head, total)
+            tl.store(mine + matrix, summed)
+            tl.debug_barrier()  # all threads have stored before one of them says so
+            if tl.atomic_add(arrived + place, 1, sem="acq_rel") == SPLITS - 1:
+                highest = tl.full([QUERIES], float("-inf"), tl.float32)
+                total = tl.zeros([QUERIES], tl.float32)
+                summed = tl.zeros([QUERIES, PADDED], tl.float32)
+                for _ in range(SPLITS):  # the first of them is finite
+                    other_highest = tl.load(partial + head, cache_modifier=".cg")
+                    higher = tl.maximum(highest, other_highest)
+                    shrink, other = tl.exp2(highest - higher), tl.exp2(other_highest - higher)
+                    total = total * shrink + tl.load(partial + QUERIES + head, cache_modifier=".cg") * other
+                    found = tl.load(partial + matrix, cache_modifier=".cg")
+                    summed = summed * shrink[:, None] + found * other[:, None]
+                    highest = higher
+                    partial += length
+                tl.store(output, (summed * (1 / total)[:, None]).to(output.dtype.element_ty), mask=of_head)
+                tl.store(arrived + place, 0)

@@ -145,7 +145,7 @@ def test_bytes_are_the_formula_and_do_not_grow(dtype, heads, build, tiny_config)
     for k, r in ((8, 2), (16, 4)):
         expected += 2 * batch * heads * (k + config.window_size) * dim * size  # slots and ring
         expected += 2 * batch * heads * r * dim * max(size, 4)  # the block under way
-        expected += 8 * batch + 8  # tokens seen, columns
+        expected += 8 * batch + 8 + 4 * batch * heads  # tokens seen, columns, programs of a kernel
     past, seen = None, []
     ids = torch.randint(0, 50, (batch, 45))
     with torch.no_grad():
