@@ -3,7 +3,7 @@
 # make lint    ruff and pyright
 # make bench   the benchmarks
 # make bench-gpu   attention on a CUDA device beside its rivals, twenty minutes: make bench-gpu TORCH=torch
-# make bench-models   whole models and decoding on a CUDA device beside transformers', half an hour
+# make bench-models   whole models and decoding on a CUDA device beside transformers', forty minutes
 # Everything lives in VENV, which is made on first use. A GPU build of torch: make setup TORCH=torch
 PYTHON ?= python3
 VENV ?= .venv

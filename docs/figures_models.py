@@ -26,6 +26,7 @@ WAYS = {  # colour and line of each way of benchmarks.decoding_gpu
     "linpass, compiled": ("#2a6f97", "--"),
     "linpass, eager": ("#7fb3d5", "-"),
     "linpass, generate": ("#7fb3d5", ":"),
+    "linpass, generate, compiled": ("#7fb3d5", "--"),
     "Llama, static cache, compiled": ("#f2b134", "-"),
     "Llama, dynamic cache": ("#b5651d", "--"),
     "Llama, generate": ("#b5651d", ":"),

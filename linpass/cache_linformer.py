@@ -19,8 +19,8 @@ class LinformerCacheLayer(CacheLayerMixin):
     Bytes: ``2 * B * G * (k + w) * D * itemsize`` for ring and slots; ``2 * B * G * r * D * max(itemsize, 4)`` for the
     block under way, summed in float32 at least; counters.
 
-    Tensors keep their addresses from the first token on, unless a gradient is recorded through them: CUDA graphs and
-    compiled steps write where the last step wrote.
+    Tokens are written in place, unless a gradient is recorded through them: CUDA graphs and compiled steps write where
+    the last step wrote. What chooses or moves rows makes new tensors.
 
     Attributes:
         keys, values: ring of the last w tokens, [B, G, W, D]; keys rotated; token i at ring position ``i % w``.
@@ -54,31 +54,48 @@ class LinformerCacheLayer(CacheLayerMixin):
         return slots, per_block, config.block_size, config.window_size
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Zeros for the batch, heads, dtype and device of ``key_states`` [B, G, *, D]."""
+        """Zeros for batch, heads, dtype and device of ``key_states`` [B, G, *, D], unless they are there already."""
         batch, heads, _, dim = key_states.shape
-        self.dtype, self.device = key_states.dtype, key_states.device
-        sums_in = torch.promote_types(key_states.dtype, torch.float32)
-        self.keys = key_states.new_zeros(batch, heads, self.window_size, dim)
-        self.slot_keys = key_states.new_zeros(batch, heads, self.slots, dim)
-        self.block_keys = key_states.new_zeros(batch, heads, self.slots_per_block, dim, dtype=sums_in)
+        wanted = (batch, heads, self.window_size, dim), key_states.dtype, key_states.device
+        if self.keys is None or (self.keys.shape, self.keys.dtype, self.keys.device) != wanted:
+            self.allocate(batch, heads, dim, key_states.dtype, key_states.device)
+        self.is_initialized = True
+
+    def allocate(self, batch: int, heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Zeros, before the first token: a compiled prompt finds tensors whose addresses are known."""
+        self.dtype, self.device = dtype, device
+        self.keys = torch.zeros(batch, heads, self.window_size, dim, dtype=dtype, device=device)
+        self.slot_keys = torch.zeros(batch, heads, self.slots, dim, dtype=dtype, device=device)
+        sums_in = torch.promote_types(dtype, torch.float32)
+        self.block_keys = torch.zeros(batch, heads, self.slots_per_block, dim, dtype=sums_in, device=device)
         self.values, self.slot_values = self.keys.clone(), self.slot_keys.clone()
         self.block_values = self.block_keys.clone()
-        self.seen = torch.zeros(batch, dtype=torch.long, device=self.device)
-        self.columns = torch.zeros((), dtype=torch.long, device=self.device)
-        self.arrived = torch.zeros(batch, heads, dtype=torch.int32, device=self.device)
-        self.is_initialized = True
+        self.seen = torch.zeros(batch, dtype=torch.long, device=device)
+        self.columns = torch.zeros((), dtype=torch.long, device=device)
+        self.arrived = torch.zeros(batch, heads, dtype=torch.int32, device=device)
         self._fix_addresses()
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All of them, as ``attend_next_token`` takes them."""
-        return tuple(getattr(self, name) for name in self._tensors)
+    def memory(self) -> tuple[Tensor, ...]:
+        """What ``attend_next_token`` writes."""
+        return (*(getattr(self, name) for name in self._rows[:6]), self.arrived)
+
+    def make_writable(self) -> None:
+        """What was made in inference mode cannot be written outside of it: continue on a copy."""
+        if self.is_initialized and self.seen.is_inference() and not torch.is_inference_mode_enabled():
+            self._map(torch.clone)
+
+    def restart(self) -> None:
+        """Forget everything, in place."""
+        for name in self._tensors:
+            getattr(self, name).zero_()
+        self.is_initialized = False
 
     def _fix_addresses(self) -> None:
         """Tell torch.compile that the tensors stay where they are; else CUDA graphs refuse to write them."""
         if self.is_compileable and not torch.compiler.is_compiling():
             for name in self._tensors:
-                # Without a guard: another cache is recorded anew, in milliseconds, not compiled anew.
+                # Without a guard: another cache is recorded anew, not compiled anew.
                 torch._dynamo.mark_static_address(getattr(self, name), guard=False)
 
     def _write(self, **tensors: Tensor) -> None:
@@ -105,7 +122,7 @@ class LinformerCacheLayer(CacheLayerMixin):
         slot_keys: Tensor,
         keep_B1: Tensor | None,
     ) -> None:
-        """Add one token to every row that keeps it.
+        """Add one token to every row that keeps it; :meth:`count` then counts it.
 
         Args:
             key_BG1D, value_BG1D: the token, key rotated.
@@ -115,27 +132,29 @@ class LinformerCacheLayer(CacheLayerMixin):
         """
         keep_B = torch.ones_like(self.seen, dtype=torch.bool) if keep_B1 is None else keep_B1[:, 0]
         at = (self.seen % self.window_size)[:, None]
-        self._write(keys=_write_rows(self.keys, at, key_BG1D, keep_B))
-        self._write(values=_write_rows(self.values, at, value_BG1D, keep_B))
+        self.keys = _write_rows(self.keys, at, key_BG1D, keep_B)
+        self.values = _write_rows(self.values, at, value_BG1D, keep_B)
         if self.slots:
             complete_B = keep_B & ((self.seen + 1) % self.block_size == 0)
             row = torch.arange(self.slots_per_block, device=self.device)
             at = (self.seen // self.block_size % self.visible_blocks * self.slots_per_block)[:, None] + row
-            self._write(slot_keys=_write_rows(self.slot_keys, at, slot_keys.to(self.dtype), complete_B))
-            self._write(slot_values=_write_rows(self.slot_values, at, block_values.to(self.dtype), complete_B))
+            self.slot_keys = _write_rows(self.slot_keys, at, slot_keys.to(self.dtype), complete_B)
+            self.slot_values = _write_rows(self.slot_values, at, block_values.to(self.dtype), complete_B)
             keep_1, complete_1 = keep_B[:, None, None, None], complete_B[:, None, None, None]
             self._write(
                 block_keys=torch.where(keep_1, block_keys, self.block_keys).masked_fill(complete_1, 0),
                 block_values=torch.where(keep_1, block_values, self.block_values).masked_fill(complete_1, 0),
             )
-        self.seen.add_(keep_B)
-        self.columns.add_(1)
 
-    def everything(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys, values [B, G, K + W, D], slots first, and which of them hold something, [B, 1, 1, K + W]."""
+    def everything(self, keep_B1: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """What a token that was just written sees.
+
+        Returns: keys, values [B, G, K + W, D], slots first, and which of them hold something, [B, 1, 1, K + W].
+        """
+        seen = self.seen + (1 if keep_B1 is None else keep_B1[:, 0])
         slot_block = torch.arange(self.slots, device=self.device) // max(self.slots_per_block, 1)
-        full_slots = slot_block < (self.seen // self.block_size)[:, None]
-        full_ring = torch.arange(self.window_size, device=self.device) < self.seen[:, None]
+        full_slots = slot_block < (seen // self.block_size)[:, None]
+        full_ring = torch.arange(self.window_size, device=self.device) < seen[:, None]
         # A row that holds no token yet (all padding so far) looks at a zero: its output is meaningless, not NaN.
         full_ring = full_ring | (torch.arange(self.window_size, device=self.device) == 0)
         keys = torch.cat((self.slot_keys, self.keys), 2)
@@ -166,7 +185,7 @@ class LinformerCacheLayer(CacheLayerMixin):
         block_values: Tensor,
         slot_keys: Tensor,
     ) -> None:
-        """Add the tokens of a call.
+        """Add the tokens of a call; :meth:`count` then counts them.
 
         Args:
             key_BGND, value_BGND: new tokens at their columns, keys rotated.
@@ -207,7 +226,14 @@ class LinformerCacheLayer(CacheLayerMixin):
                 block_keys=_read_rows(torch.nn.functional.pad(block_keys, behind), under_way),
                 block_values=_read_rows(torch.nn.functional.pad(block_values, behind), under_way),
             )
-        self.seen.copy_(total)
+
+    def count(self, grid: TokenGrid) -> None:
+        """Count the tokens of a call, when no layer looks at its grid any more: that is made of the counts before."""
+        tokens = grid.index_BT.shape[1]
+        if grid.keep_BT is None:
+            self.seen.add_(tokens)
+        else:
+            self.seen.add_(grid.keep_BT.sum(-1))
         self.columns.add_(tokens)
 
     def get_seq_length(self) -> int:
@@ -293,6 +319,25 @@ class LinformerCache(Cache):
     def has_tokens(self) -> bool:
         """Whether a token was written; unlike the sequence length known without waiting for an accelerator."""
         return all(layer.is_initialized for layer in self.layers)
+
+    def make_writable(self) -> None:
+        """What was made in inference mode cannot be written outside of it: continue on a copy."""
+        for layer in self.layers:
+            layer.make_writable()
+
+    def allocate(self, batch: int, heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Make the tensors of all layers, or forget what is in them where they are there."""
+        for layer in self.layers:
+            is_there = layer.keys is not None and not layer.keys.is_inference()
+            if is_there and (len(layer.keys), layer.dtype, layer.device) == (batch, dtype, device):
+                layer.restart()
+            else:
+                layer.allocate(batch, heads, dim, dtype, device)
+
+    def count(self, grid: TokenGrid) -> None:
+        """Count the tokens of a call that all layers have written."""
+        for layer in self.layers:
+            layer.count(grid)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows ``indices``, in that order, repeats allowed."""

@@ -133,10 +133,12 @@ def attend_next_token(
 ) -> Tensor | None:
     """Causal attention of one more token per row, in one launch, which also writes it to the cache.
 
+    It does not count the token: what counts is read by all layers, and a compiler may read it late.
+
     Args:
         query_BH1D, key_BG1D, value_BG1D: not rotated.
         memory: tensors of a ``LinformerCacheLayer``: ``keys, values, slot_keys, slot_values, block_keys, block_values,
-            seen, arrived, columns``, changed in place.
+            arrived``, changed in place.
         weights: mixing weights of keys and of values, [X, C, P, R]; None without slots.
         index_B1: index of the token in its row; of a masked one any number.
         keep_B1: rows whose token is real; others change nothing and get what has no meaning. None: all.
@@ -144,13 +146,16 @@ def attend_next_token(
             D]; None where positions are not rotary.
 
     Returns: [B, H, 1, D]; None, and nothing is written, where :func:`_fits` does not hold or a gradient is recorded.
-    Cost: O(B·H·(K + W)·D) at any position.
+    Cost: at most O(B·H·(K + W)·D), at any position.
+    Invariants: two runs give the same bits; a batch of another size may add in another order.
     """
-    tensors = (query_BH1D, key_BG1D, value_BG1D)
-    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*tensors, *memory[:6]))
-    if recorded or memory[0].dtype != query_BH1D.dtype or not _fits(tensors, NO_BLOCKS):
+    tensors, weights = (query_BH1D, key_BG1D, value_BG1D), weights or (None, None)
+    recorded = any(tensor.requires_grad for tensor in memory)
+    if torch.is_grad_enabled():
+        recorded |= any(tensor is not None and tensor.requires_grad for tensor in (*tensors, *weights))
+    elsewhere = memory[0].dtype != query_BH1D.dtype or memory[0].device != query_BH1D.device
+    if recorded or elsewhere or not _fits(tensors, NO_BLOCKS):
         return None
-    weights = (None, None) if weights is None else weights
     pairs = [(None, None) if pair is None else pair for pair in (angles, slot_angles)]
     return attend_next_token_op(*tensors, *memory, index_B1, keep_B1, *weights, *pairs[0], *pairs[1], list(layout))
 
@@ -219,6 +224,7 @@ TILES = {
     ("query", 256): Tile(32, 32, 4, 2),
     ("slot", 256): Tile(32, 32, 4, 2),
     ("token", 256): Tile(32, 32, 4, 2),
+    # Not yet tried on a GPU.
     ("next", 64): Tile(16, 64, 4, 3),
     ("next", 128): Tile(16, 64, 4, 3),
     ("next", 256): Tile(16, 32, 4, 2),
@@ -573,7 +579,7 @@ def _slots_backward_shapes(grad, query, slot_key, slot_value, count, output, log
 
 
 def _attend_next_token(
-    query, key, value, ring_key, ring_value, slot_key, slot_value, block_key, block_value, seen, arrived, columns,
+    query, key, value, ring_key, ring_value, slot_key, slot_value, block_key, block_value, arrived,
     index, keep, key_weight, value_weight, cos, sin, slot_cos, slot_sin, layout,
 ):  # fmt: skip
     layout = BlockLayout(*layout)
@@ -590,14 +596,15 @@ def _attend_next_token(
     _launch(
         kernels.next_token_kernel, (groups, batch, splits), tile,
         (
-            query, key, value, ring_key, ring_value, slot_key, slot_value, block_key, block_value, seen, arrived,
-            columns, index, keep, key_weight, value_weight, cos, sin, slot_cos, slot_sin, partial, output,
+            query, key, value, ring_key, ring_value, slot_key, slot_value, block_key, block_value,
+            arrived, index, keep, key_weight, value_weight, cos, sin, slot_cos, slot_sin, partial, output,
         ),
         (
             *map(_strides, (query, key, value, key_weight, value_weight)), _strides(cos)[0], _strides(slot_cos)[0],
-            1 if key_weight is None else key_weight.shape[1], ring_key.shape[2], slots, dim**-0.5,
-            slots > 0, keep is not None, cos is not None, key_weight is not None and key_weight.shape[0] > 1,
-            shared, layout.block_size, r, splits, rows, dim, _padded(dim), _precision(query.dtype),
+            1 if key_weight is None else key_weight.shape[1], ring_key.shape[2], slots, splits, rows, dim**-0.5,
+            splits > 1, slots > 0, keep is not None, cos is not None,
+            key_weight is not None and key_weight.shape[0] > 1,
+            shared, layout.block_size, r, dim, _padded(dim), _precision(query.dtype),
             queries, tile.keys, min(32, max(16, _power_of_two(r))),
         ),
     )  # fmt: skip
@@ -761,8 +768,8 @@ _WEIGHTS = "Tensor key_weight, Tensor value_weight, Tensor? cos, Tensor? sin, Te
     ),
     attend_next_token=(
         "(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) slot_keys,"
-        " Tensor(d!) slot_values, Tensor(e!) block_keys, Tensor(f!) block_values, Tensor(g!) seen, Tensor(h!) arrived,"
-        " Tensor(i!) columns, Tensor index, Tensor? keep, Tensor? key_weight, Tensor? value_weight, Tensor? cos,"
+        " Tensor(d!) slot_values, Tensor(e!) block_keys, Tensor(f!) block_values, Tensor(g!) arrived,"
+        " Tensor index, Tensor? keep, Tensor? key_weight, Tensor? value_weight, Tensor? cos,"
         " Tensor? sin, Tensor? slot_cos, Tensor? slot_sin, int[] layout) -> Tensor",
         _attend_next_token,
         _attend_next_token_shapes,

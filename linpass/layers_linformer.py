@@ -264,7 +264,7 @@ class LinformerAttention(nn.Module):
         for states, weight in zip((key, value), weights, strict=True):
             states = states[:, :, : slots * stride]
             states = F.pad(states, missing) if missing[-1] else states
-            if len(weight) == 1:  # every stride is a row that is mixed into one slot: nothing is copied
+            if len(weight) == 1:  # every stride is a row that is mixed into one slot: whole strides are not copied
                 strides = states.unflatten(2, (slots, stride)).transpose(1, 2).flatten(0, 1)
                 states = mix_sequence(strides, weight[:, 0]).unflatten(0, (-1, slots)).transpose(1, 2).squeeze(3)
             else:
@@ -344,11 +344,11 @@ class LinformerAttention(nn.Module):
         return sums
 
     def _attend_one_token(self, query, key, value, weights, grid, angles, slot_angles, cache: LinformerCacheLayer):
-        """One token per row against slots and ring; the same cost at any position."""
+        """One token per row against slots and ring: at most k + w rows, at any position."""
         weights = weights if self.k else None
         if self.config._attn_implementation != "eager":
             places = (grid.index_BT, grid.keep_BN, angles, slot_angles)
-            output = attend_next_token(query, key, value, cache.tensors, weights, self.layout, *places)
+            output = attend_next_token(query, key, value, cache.memory, weights, self.layout, *places)
             if output is not None:
                 return output
         query, rotated = (states if angles is None else rotate(states, angles) for states in (query, key))
@@ -365,7 +365,7 @@ class LinformerAttention(nn.Module):
             block_values = block_values + value_weight * value
             slot_keys = block_keys if slot_angles is None else rotate(block_keys, slot_angles)
         cache.write_token(rotated, value, block_keys, block_values, slot_keys, grid.keep_BN)
-        keys, values, visible = cache.everything()
+        keys, values, visible = cache.everything(grid.keep_BN)
         return attend_visible(query, keys, values, visible)[0]
 
     def _through_interface(self, query, key, value, visible, grid, is_causal):

@@ -135,6 +135,8 @@ class LinformerModel(LinformerPreTrainedModel):
                 "past_key_values was made for another configuration: depth, k, block_size, seq_length and window_size "
                 "must be this model's"
             )
+        if past_key_values is not None and not torch.compiler.is_compiling():
+            past_key_values.make_writable()
         use_cache = bool(use_cache) and self.config.causal and document_ids is None
         if past_key_values is None and use_cache:
             past_key_values = LinformerCache(self.config)
@@ -170,6 +172,8 @@ class LinformerModel(LinformerPreTrainedModel):
                 shared_weights=shared_weights,
                 past_key_values=past_key_values,
             )
+        if past_key_values is not None:
+            past_key_values.count(grid)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
     def _angles(self, position_BN: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -202,7 +206,7 @@ class LinformerModel(LinformerPreTrainedModel):
             return plain_grid(tokens, device, keep)
         if not self.config.causal:
             raise ValueError("past_key_values: an encoder (causal=False) has no cache")
-        seen = past_key_values.layers[0].seen.clone()  # layer 0 counts on in place while others still read the grid
+        seen = past_key_values.layers[0].seen.clone()  # it counts on in place, a backward pass may want what it was
         if len(seen) != batch:
             raise ValueError(f"past_key_values holds {len(seen)} rows, the batch has {batch}")
         if tokens == 1:
@@ -282,12 +286,23 @@ class LinformerForCausalLM(LinformerPreTrainedModel, GenerationMixin):
         if rows > 1 and generation_config._eos_token_tensor is not None:
             model_kwargs["row_ends"] = (generation_config._prompt_columns, generation_config._eos_token_tensor)
         if past is None and generation_config.use_cache is not False:
-            compiled = kind == "static" or generation_config.compile_config is not None
-            model_kwargs["past_key_values"] = LinformerCache(self.config, is_compileable=compiled)
+            if kind == "static" or generation_config.compile_config is not None:
+                model_kwargs["past_key_values"] = self._cache_of_compiled_steps(generation_config, rows)
+            else:
+                model_kwargs["past_key_values"] = LinformerCache(self.config)
             return
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args
         )
+
+    def _cache_of_compiled_steps(self, generation_config, rows: int) -> LinformerCache:
+        """The same tensors for every call that does not hand them out: a graph that was recorded still fits."""
+        cache = getattr(self, "_kept_cache", None)
+        if cache is None or not cache.fits(self.config) or generation_config.return_dict_in_generate:
+            cache = LinformerCache(self.config, is_compileable=True)
+        cache.allocate(rows, self.config.num_key_value_heads, self.config.head_dim, self.dtype, self.device)
+        self._kept_cache = None if generation_config.return_dict_in_generate else cache
+        return cache
 
     def prepare_inputs_for_generation(self, input_ids, *args: Any, inputs_embeds=None, row_ends=None, **kwargs: Any):
         """transformers' inputs, with what ``generate`` writes behind the end of a row masked.
@@ -305,11 +320,12 @@ class LinformerForCausalLM(LinformerPreTrainedModel, GenerationMixin):
             if mask is None:
                 mask = torch.ones_like(input_ids)
             inputs["attention_mask"] = torch.cat((mask[:, :-generated], mask[:, -generated:] * ~filling), 1)
-        if inputs.get("past_key_values") is not None and not kwargs.get("is_first_iteration"):
+        ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+        is_step = ids is not None and ids.shape[1] == 1 and not kwargs.get("is_first_iteration")
+        if is_step and inputs.get("past_key_values") is not None:
             inputs.pop("position_ids", None)
-            if inputs.get("attention_mask") is not None:
-                new = inputs["attention_mask"][:, -inputs["input_ids"].shape[1] :]
-                inputs["attention_mask"] = new.clone(memory_format=torch.contiguous_format)
+            if mask is not None:
+                inputs["attention_mask"] = mask[:, -1:].clone(memory_format=torch.contiguous_format)
         return inputs
 
     @staticmethod

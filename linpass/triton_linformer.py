@@ -19,7 +19,8 @@ except ImportError:  # macOS, Windows, a CPU build of PyTorch
 if triton is not None:
     LOG2_E = tl.constexpr(1.4426950408889634)
     # A kernel is not compiled anew where one of these is 1 or a multiple of 16.
-    kernel = triton.jit(do_not_specialize=["S", "stored", "parts", "window", "view", "past_tokens", "past_blocks"])
+    kernel = triton.jit(do_not_specialize=[
+        "S", "stored", "parts", "window", "view", "past_tokens", "past_blocks", "splits", "rows"])
 
     @triton.jit
     def _load_rows(
@@ -604,21 +605,21 @@ if triton is not None:
 
     @kernel
     def next_token_kernel(
-        query, key, value, ring_key, ring_value, slot_key, slot_value, block_key, block_value, seen, arrived, columns,
+        query, key, value, ring_key, ring_value, slot_key, slot_value, block_key, block_value, arrived,
         index, keep, key_weight, value_weight, cos, sin, slot_cos, slot_sin, partial, output,
         query_strides, key_strides, value_strides, key_weight_strides, value_weight_strides,
-        angle_stride, slot_angle_stride, stored, window, S, scale,
-        MIXED: tl.constexpr, HAS_KEEP: tl.constexpr, TURNED: tl.constexpr, PER_GROUP: tl.constexpr,
-        SHARED: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
+        angle_stride, slot_angle_stride, stored, window, S, splits, rows, scale,
+        SPLIT: tl.constexpr, MIXED: tl.constexpr, HAS_KEEP: tl.constexpr, TURNED: tl.constexpr, PER_GROUP: tl.constexpr,
+        SHARED: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr,
         DIM: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
         QUERIES: tl.constexpr, KEYS: tl.constexpr, SLOT_TILE: tl.constexpr,
     ):
         """The next token of a row, one group: what it attends to, and what the cache remembers of it.
 
-        SPLITS programs share the slots, ROWS each; the first has the token itself and the ring beside, and the last to
-        arrive adds up what all found, in their order. What the token changes, its row of the ring and the slots of the
-        block that it completes, is attended to from registers and hidden where it lies in memory, which other threads
-        may have written already or not yet.
+        SPLIT: ``splits`` programs share the slots, ``rows`` each; the first has the token itself and the ring beside,
+        and the last to arrive adds up what all found, in their order. What the token changes, its row of the ring and
+        the slots of the block that it completes, is attended to from registers and hidden where it lies in memory,
+        which other threads may have written already or not yet.
         """
         groups, group, split = tl.num_programs(0), tl.program_id(0), tl.program_id(2)
         batch = tl.cast(tl.program_id(1), tl.int64)
@@ -683,35 +684,31 @@ if triton is not None:
             highest, total, summed = _add_rows(
                 highest, total, summed, queries, ring_key, ring_value, 0, tl.minimum(position, window),
                 at_ring, at_ring + 1, scale, DIM, PADDED, PRECISION, KEYS)
-            if group == 0:
-                tl.store(seen + batch, (position + 1).to(tl.int64), mask=kept != 0)
-                if batch == 0:
-                    tl.store(columns, tl.load(columns) + 1)
         if MIXED:
             hidden = tl.where(completes, at_slots, S)
             highest, total, summed = _add_rows(
-                highest, total, summed, queries, slot_key, slot_value, split * ROWS,
-                tl.minimum(held, split * ROWS + ROWS), hidden, hidden + SLOTS, scale, DIM, PADDED, PRECISION, KEYS)
+                highest, total, summed, queries, slot_key, slot_value, split * rows,
+                tl.minimum(held, split * rows + rows), hidden, hidden + SLOTS, scale, DIM, PADDED, PRECISION, KEYS)
 
         output += (place * SHARED + head[:, None]) * DIM + column[None, :]
         of_head = (head < SHARED)[:, None] & (column < DIM)[None, :]
-        if SPLITS == 1:
+        if not SPLIT:
             tl.store(output, (summed * (1 / total)[:, None]).to(output.dtype.element_ty), mask=of_head)
         else:
             # Of a program: highest scores, denominators, then weighted values.
             length: tl.constexpr = QUERIES * (PADDED + 2)
             matrix = 2 * QUERIES + head[:, None] * PADDED + column[None, :]
-            partial += place * SPLITS * length
+            partial += place * splits * length
             mine = partial + split * length
             tl.store(mine + head, highest)
             tl.store(mine + QUERIES + head, total)
             tl.store(mine + matrix, summed)
             tl.debug_barrier()  # all threads have stored before one of them says so
-            if tl.atomic_add(arrived + place, 1, sem="acq_rel") == SPLITS - 1:
+            if tl.atomic_add(arrived + place, 1, sem="acq_rel") == splits - 1:
                 highest = tl.full([QUERIES], float("-inf"), tl.float32)
                 total = tl.zeros([QUERIES], tl.float32)
                 summed = tl.zeros([QUERIES, PADDED], tl.float32)
-                for _ in range(SPLITS):  # the first of them is finite
+                for _ in range(splits):  # the first of them is finite
                     other_highest = tl.load(partial + head, cache_modifier=".cg")
                     higher = tl.maximum(highest, other_highest)
                     shrink, other = tl.exp2(highest - higher), tl.exp2(other_highest - higher)

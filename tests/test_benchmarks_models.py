@@ -206,7 +206,7 @@ def test_every_way_to_decode_is_measured_or_says_why_not(decoded):
             assert row["tokens_per_s"] == pytest.approx(1e3 * batch / row["ms"][0], rel=1e-3, abs=0.06)
     for name, grows in (("linpass, eager", False), ("Llama, dynamic cache", True)):
         a_row = [rows[context, name]["cache_bytes"] / batch for context, batch in decoding_gpu.SMOKE.situations]
-        assert (a_row[1] > 1.5 * a_row[0]) if grows else (a_row[0] == a_row[1])
+        assert (a_row[1] > 1.5 * a_row[0]) if grows else a_row[0] == pytest.approx(a_row[1], rel=0.01)  # a counter
     page = path.with_suffix(".md").read_text()
     assert all(text in page for text in ("## Batch 1", "## Batch 2", "Llama, dynamic cache", "Failed"))
     figures.draw_decoding(path.with_suffix(".png"), result)
