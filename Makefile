@@ -1,5 +1,6 @@
 # make demo    train a small Linformer on text that Python carries, and let it write
 # make test    the tests
+# make test-slow   the tests of minutes, whose small cases are in make test
 # make lint    ruff and pyright
 # make bench   the benchmarks
 # make bench-gpu   attention on a CUDA device beside its rivals, twenty minutes: make bench-gpu TORCH=torch
@@ -22,7 +23,7 @@ WORKERS ?= 2
 # The commands need nothing but what is in this folder and in VENV.
 OFFLINE = HF_HUB_OFFLINE=1
 
-.PHONY: setup demo test lint bench bench-gpu bench-models
+.PHONY: setup demo test test-slow lint bench bench-gpu bench-models
 
 setup: $(READY)
 
@@ -36,7 +37,10 @@ demo: setup
 	$(OFFLINE) $(VENV)/bin/linpass train
 
 test: setup
-	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not gpu" -n $(WORKERS) --dist worksteal
+	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not gpu and not slow" -n $(WORKERS) --dist worksteal
+
+test-slow: setup
+	$(OFFLINE) $(VENV)/bin/python -m pytest -m "slow and not gpu"
 
 lint: setup
 	$(VENV)/bin/ruff check .

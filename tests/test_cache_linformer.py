@@ -155,26 +155,26 @@ def test_bytes_are_the_formula_and_do_not_grow(dtype, heads, build, tiny_config)
     assert set(seen) == {expected}
 
 
-@pytest.mark.slow
-def test_bytes_do_not_grow_from_1000_to_20000_generated_tokens(tiny_config):
+@pytest.mark.parametrize("tokens", [2_000, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_bytes_do_not_grow_with_the_tokens_generated(tokens, tiny_config):
     config = tiny_config(position_embedding="rotary", projection="convolution", depth=1, embed_dim=16, heads=2)
     model = LinformerForCausalLM(config).eval()
     storages = {}
     past, token = None, torch.zeros(1, 1, dtype=torch.long)
     with torch.no_grad():
-        for position in range(20_001):
+        for position in range(tokens + 1):
             output = model(token, past_key_values=past, use_cache=True)
             past, token = output.past_key_values, output.logits[:, -1:].argmax(-1)
-            if position in (1_000, 20_000):
+            if position in (1_000, tokens):
                 layer = past.layers[0]
                 tensors = [value for value in vars(layer).values() if isinstance(value, torch.Tensor)]
                 storages[position] = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
-    assert past.get_seq_length() == 20_001
-    assert storages[1_000] == storages[20_000] == past.nbytes
+    assert past.get_seq_length() == tokens + 1
+    assert storages[1_000] == storages[tokens] == past.nbytes
 
 
-@pytest.mark.slow
-def test_bfloat16_decoding_stays_with_prefill_over_2000_tokens(tiny_config):
+@pytest.mark.parametrize("tokens", [800, pytest.param(2_000, marks=pytest.mark.slow)])
+def test_bfloat16_decoding_stays_with_prefill(tokens, tiny_config):
     config = tiny_config(
         position_embedding="rotary", projection="convolution", qk_norm=True, seq_length=512, k=64, window_size=32
     )
@@ -182,10 +182,10 @@ def test_bfloat16_decoding_stays_with_prefill_over_2000_tokens(tiny_config):
     model = LinformerForCausalLM(config).to(torch.bfloat16).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    ids = torch.randint(0, 50, (1, 2000))
+    ids = torch.randint(0, 50, (1, tokens))
     with torch.no_grad():
         prefill = model(ids, use_cache=False).logits.float()
-    decoded = in_calls(model, ids, [1] * 2000)[0].float()
+    decoded = in_calls(model, ids, [1] * tokens)[0].float()
     difference = (decoded - prefill).abs() / prefill.std()
     assert difference.max() < BF16_DECODE_MAX
     assert difference.mean() < BF16_DECODE_MEAN

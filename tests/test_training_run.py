@@ -308,10 +308,22 @@ def test_generate_refuses_a_prompt_that_fills_the_model(short_model, capsys):
     assert "prompt of 16 tokens must be less than 16 tokens" in capsys.readouterr().err
 
 
+def run_and_read(words, capsys):
+    """Perplexities of the unigram, the bigram and the Linformer that ``linpass train`` prints."""
+    assert main(["train", *words]) == 0
+    printed = capsys.readouterr().out.split()
+    return [float(printed[printed.index(name) + 1]) for name in ("unigram", "bigram", "Linformer")]
+
+
 @pytest.mark.slow
 def test_the_default_run_beats_both_baselines(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["train"]) == 0
-    words = capsys.readouterr().out.split()
-    unigram, bigram, linformer = (float(words[words.index(name) + 1]) for name in ("unigram", "bigram", "Linformer"))
+    unigram, bigram, linformer = run_and_read([], capsys)
     assert linformer < bigram < unigram
+
+
+def test_the_beginning_of_the_default_run_beats_a_unigram(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    unigram, bigram, linformer = run_and_read(["--max_steps", "100"], capsys)
+    assert linformer < unigram
+    assert bigram < unigram
