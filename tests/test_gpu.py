@@ -247,7 +247,7 @@ def test_forward_and_backward_never_wait(causal, projection, device, started):
                     past = model(ids[:, :1], past_key_values=past).past_key_values
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert bool(started) is causal  # an encoder's slots are plain attention
+    assert started
 
 
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
@@ -552,7 +552,8 @@ def test_bfloat16_decoding_equals_float64_on_the_cpu(padded, device, started):
             output = model(ids[:, start : start + size], past_key_values=past, use_cache=True, **now)
             past, start = output.past_key_values, start + size
             logits.append(output.logits.cpu())
-            assert size == 1 or started
+            assert started  # single tokens too
+            started.clear()
         expected = in_float64(model).cpu()(ids.cpu(), attention_mask=mask.cpu(), use_cache=False).logits
     real = mask.cpu()[..., None]
     assert relative_error(torch.cat(logits, 1) * real, expected * real) < VALUE[torch.bfloat16]
