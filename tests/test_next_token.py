@@ -279,7 +279,7 @@ def test_steps_compile_once_into_one_graph(projection, position_embedding, attn_
     assert cache.get_seq_length() == 20
 
 
-@pytest.mark.parametrize("depth", [1, pytest.param(3, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("depth", [pytest.param(1, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.gpu)])
 @pytest.mark.filterwarnings("ignore:::torch", "ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiled_steps_through_the_kernel_equal_eager_ones(depth, kernels, build):
     """Inductor may compute anew, late, what it can: nothing that a step reads may be written by then."""
@@ -321,7 +321,7 @@ def test_a_cache_stays_where_it_is(build):
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch, of autograd.Function
-@pytest.mark.parametrize(("rows", "chunk"), [(1, None), (3, None), (3, 4)])
+@pytest.mark.parametrize(("rows", "chunk"), [(1, None), (3, None), pytest.param(3, 4, marks=pytest.mark.slow)])
 def test_generate_compiles_its_steps_where_asked(rows, chunk, build, monkeypatch):
     """As for a static cache; rows that end early are filled up by ``generate`` and compile nothing anew."""
     model = build(LinformerForCausalLM, LinformerConfig(**CONFIG | {"eos_token_id": 7}))
