@@ -10,7 +10,6 @@ the end, and the last line printed is a summary in JSON. A variant that cannot r
 
 import argparse
 import json
-import sys
 import warnings
 from functools import partial
 from pathlib import Path
@@ -29,7 +28,7 @@ from benchmarks.attention_gpu_measure import (
     measure_graph,
 )
 from benchmarks.attention_gpu_report import floor, line, page, summary
-from benchmarks.report_file import Report
+from benchmarks.report_file import Report, add_common_arguments, command_line, earlier_result
 from linpass import attention_linformer, kernels_linformer
 
 PARTS = ("ceilings", "gate", "timing", "graphs")
@@ -184,12 +183,8 @@ def run(
 
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Attention alone on one GPU, bfloat16: errors, times, memory, floors.")
-    parser.add_argument("result", type=Path, help="JSON file to write; the tables go beside it, with .md")
-    parser.add_argument("--seconds", type=float, default=540, help="begin nothing after so long (default: 540)")
+    add_common_arguments(parser)
     parser.add_argument("--only", help=f"some of the parts, with commas between: {','.join(PARTS)}")
-    parser.add_argument(
-        "--resume", type=Path, help="an earlier RESULT.json of the same version and device: its rows are kept"
-    )
     parser.add_argument("--quick", action="store_true", help="for tuning: ours and cuDNN at the lengths with a target")
     parser.add_argument("--bidirectional", action="store_true", help="the encoder's attention over k slots")
     arguments = parser.parse_args(words)
@@ -206,11 +201,8 @@ def main(words: list[str] | None = None) -> None:
     if kernels_linformer.triton is None:
         parser.error("needs Triton: without it PyTorch's way would be measured under the kernels' name")
     warnings.simplefilter("ignore")  # a back end that is asked for and refuses says why in warnings, row by row
-    done = json.loads(arguments.resume.read_text()) if arguments.resume else None
-    if done and done["theme"] != plan.theme:
-        parser.error(f"--resume {arguments.resume} is a result of {done['theme']}, not of {plan.theme}")
-    words = [Path(word).name if word.endswith(".json") else word for word in (sys.argv[1:] if words is None else words)]
-    command = " ".join(["python -m benchmarks.attention_gpu", *words])
+    done = earlier_result(arguments.resume, plan.theme, parser)
+    command = command_line("benchmarks.attention_gpu", words)
     result = run(arguments.result, plan, torch.device("cuda"), arguments.seconds, command, done)
     print(json.dumps(summary(result)))
 

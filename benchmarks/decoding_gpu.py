@@ -12,8 +12,6 @@ shrinks everything to seconds on a CPU: it tests the program, its numbers mean n
 
 import argparse
 import json
-import shlex
-import sys
 import warnings
 from functools import partial
 from pathlib import Path
@@ -25,7 +23,7 @@ from benchmarks import decoding_gpu_cases as cases
 from benchmarks.decoding_gpu_report import line, page, summary
 from benchmarks.models_gpu_cases import Size
 from benchmarks.race import Rounds, race
-from benchmarks.report_file import Report
+from benchmarks.report_file import Report, add_common_arguments, command_line, earlier_result
 
 
 class Plan(NamedTuple):
@@ -104,26 +102,19 @@ def run(
 
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Decoding on one GPU: latency, tokens per second, bytes of the cache.")
-    parser.add_argument("result", type=Path, help="JSON file to write; the tables go beside it, with .md")
-    parser.add_argument("--seconds", type=float, default=540, help="begin nothing after so long (default: 540)")
+    add_common_arguments(parser)
     parser.add_argument("--contexts", help="some of the contexts, with commas between")
     parser.add_argument("--batches", help="some of the batches, with commas between")
     parser.add_argument("--ways", help=f"some of the ways, with semicolons between: {';'.join(cases.WAYS)}")
     parser.add_argument("--profile", action="store_true", help="list the longest kernels of every row, too")
-    parser.add_argument(
-        "--resume", type=Path, help="an earlier RESULT.json of the same version and device: its rows are kept"
-    )
     parser.add_argument("--smoke", action="store_true", help="tiny models on a CPU: tests the program, not the speed")
     arguments = parser.parse_args(words)
     if not arguments.smoke and not torch.cuda.is_available():
         parser.error("needs a CUDA device, or --smoke")
     plan = chosen(arguments, parser)
     warnings.simplefilter("ignore")  # of compilers about their own parts
-    done = json.loads(arguments.resume.read_text(encoding="utf-8")) if arguments.resume else None
-    if done and done["theme"] != "decoding_gpu":
-        parser.error(f"--resume {arguments.resume} is a result of {done['theme']}, not of decoding_gpu")
-    words = [Path(word).name if word.endswith(".json") else word for word in (sys.argv[1:] if words is None else words)]
-    command = shlex.join(["python", "-m", "benchmarks.decoding_gpu", *words])
+    done = earlier_result(arguments.resume, "decoding_gpu", parser)
+    command = command_line("benchmarks.decoding_gpu", words)
     device = torch.device("cpu" if arguments.smoke else "cuda")
     result = run(arguments.result, plan, device, arguments.seconds, command, done)
     print(json.dumps(summary(result)))

@@ -12,8 +12,6 @@ shrinks everything to seconds on a CPU: it tests the program, its numbers mean n
 
 import argparse
 import json
-import shlex
-import sys
 import warnings
 from functools import partial
 from pathlib import Path
@@ -24,7 +22,7 @@ import torch
 from benchmarks import models_gpu_cases as cases
 from benchmarks.models_gpu_report import line, page, summary
 from benchmarks.race import Rounds, race
-from benchmarks.report_file import Report
+from benchmarks.report_file import Report, add_common_arguments, command_line, earlier_result
 
 PARTS = ("training", "prefill", "encoder")
 MODES = ("compiled", "eager")
@@ -153,27 +151,20 @@ def run(
 
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Whole models on one GPU: training, prefill, encoder.")
-    parser.add_argument("result", type=Path, help="JSON file to write; the tables go beside it, with .md")
-    parser.add_argument("--seconds", type=float, default=540, help="begin nothing after so long (default: 540)")
+    add_common_arguments(parser)
     parser.add_argument("--only", help=f"some of the parts, with commas between: {','.join(PARTS)}")
     parser.add_argument("--modes", help=f"some of the modes of training: {','.join(MODES)}")
     parser.add_argument("--models", help=f"some of the models, with semicolons between: {';'.join(cases.CAUSAL)};BERT")
     parser.add_argument("--lengths", help="some of the lengths n, with commas between")
     parser.add_argument("--profile", action="store_true", help="list the longest kernels of every row, too")
-    parser.add_argument(
-        "--resume", type=Path, help="an earlier RESULT.json of the same version and device: its rows are kept"
-    )
     parser.add_argument("--smoke", action="store_true", help="tiny models on a CPU: tests the program, not the speed")
     arguments = parser.parse_args(words)
     if not arguments.smoke and not torch.cuda.is_available():
         parser.error("needs a CUDA device, or --smoke")
     plan = chosen(arguments, parser)
     warnings.simplefilter("ignore")  # of compilers about their own parts
-    done = json.loads(arguments.resume.read_text(encoding="utf-8")) if arguments.resume else None
-    if done and done["theme"] != "models_gpu":
-        parser.error(f"--resume {arguments.resume} is a result of {done['theme']}, not of models_gpu")
-    words = [Path(word).name if word.endswith(".json") else word for word in (sys.argv[1:] if words is None else words)]
-    command = shlex.join(["python", "-m", "benchmarks.models_gpu", *words])
+    done = earlier_result(arguments.resume, "models_gpu", parser)
+    command = command_line("benchmarks.models_gpu", words)
     device = torch.device("cpu" if arguments.smoke else "cuda")
     result = run(arguments.result, plan, device, arguments.seconds, command, done)
     print(json.dumps(summary(result)))

@@ -1,6 +1,9 @@
-"""Rows of measurements as they come, on the screen and in a JSON file, within a limit of time."""
+"""Rows of measurements as they come, on the screen and in a JSON file, within a limit of time; their command line."""
 
+import argparse
 import json
+import shlex
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -73,6 +76,29 @@ class Report:
 
     def write(self) -> None:
         self.path.write_text(json.dumps(self.result, indent=1) + "\n", encoding="utf-8")
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """``result``, ``--seconds`` and ``--resume``."""
+    parser.add_argument("result", type=Path, help="JSON file to write; the tables go beside it, with .md")
+    parser.add_argument("--seconds", type=float, default=540, help="begin nothing after so long (default: 540)")
+    parser.add_argument(
+        "--resume", type=Path, help="an earlier RESULT.json of the same version and device: its rows are kept"
+    )
+
+
+def earlier_result(path: Path | None, theme: str, parser: argparse.ArgumentParser) -> dict | None:
+    """What ``--resume`` names; the parser ends the program where that is of another theme."""
+    done = json.loads(path.read_text(encoding="utf-8")) if path else None
+    if done and done["theme"] != theme:
+        parser.error(f"--resume {path} is a result of {done['theme']}, not of {theme}")
+    return done
+
+
+def command_line(module: str, words: list[str] | None) -> str:
+    """The command as it is written into a result: files without their folders."""
+    words = sys.argv[1:] if words is None else words
+    return shlex.join(["python", "-m", module, *(Path(w).name if w.endswith(".json") else w for w in words)])
 
 
 def failure(error: Exception) -> dict:
