@@ -367,23 +367,8 @@ def test_the_honest_loss_is_that_of_whole_rows_without_a_leak_alone():
 
 
 @pytest.fixture
-def small_model():
-    config = LinformerConfig(
-        vocab_size=50,
-        embed_dim=32,
-        depth=2,
-        heads=2,
-        seq_length=32,
-        k=8,
-        block_size=8,
-        window_size=8,
-        position_embedding="rotary",
-        rank=None,
-        dropout=0.0,
-        pad_token_id=0,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
+def small_model(tiny_config):
+    config = tiny_config(position_embedding="rotary")
     torch.manual_seed(0)
     return lambda: LinformerForCausalLM(config).double().eval()
 

@@ -10,7 +10,7 @@ import torch
 from tolerances import ORACLE, VALUE, relative_error
 from transformers import CompileConfig, GenerationConfig
 
-from linpass import LinformerCache, LinformerConfig, LinformerForCausalLM, layers_linformer
+from linpass import LinformerCache, LinformerForCausalLM, layers_linformer
 from linpass.attention_linformer import BlockLayout, rotary_angles, slot_centres
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -204,22 +204,11 @@ def test_the_operator_keeps_its_promises(case, kernels):
 
 
 CONFIG = {
-    "vocab_size": 50,
-    "embed_dim": 32,
-    "depth": 2,
     "heads": 2,
     "num_key_value_heads": 1,
-    "seq_length": 32,
-    "k": 8,
-    "block_size": 8,
     "window_size": 8,
     "position_embedding": "rotary",
     "projection": "convolution",
-    "rank": None,
-    "dropout": 0.0,
-    "pad_token_id": 0,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
 }
 
 
@@ -235,8 +224,8 @@ def steps(model, ids, mask, step, prompt=5):
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "padded"])
-def test_models_take_the_kernel(masked, kernels, monkeypatch, build):
-    model = build(LinformerForCausalLM, LinformerConfig(**CONFIG), dtype=torch.float32).to(DEVICE)
+def test_models_take_the_kernel(masked, kernels, monkeypatch, build, tiny_config):
+    model = build(LinformerForCausalLM, tiny_config(**CONFIG), dtype=torch.float32).to(DEVICE)
     ids = torch.randint(1, 50, (2, 10), device=DEVICE)
     mask = torch.ones_like(ids)
     if masked:
@@ -261,10 +250,10 @@ def test_models_take_the_kernel(masked, kernels, monkeypatch, build):
 
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize(("projection", "position_embedding"), [("convolution", "rotary"), ("learned", "learned")])
-def test_steps_compile_once_into_one_graph(projection, position_embedding, attn_implementation, build):
+def test_steps_compile_once_into_one_graph(projection, position_embedding, attn_implementation, build, tiny_config):
     """No matter how many tokens a row has seen, and for the next cache too."""
     changes = {"projection": projection, "position_embedding": position_embedding}
-    config = LinformerConfig(**CONFIG | changes, attn_implementation=attn_implementation)
+    config = tiny_config(**CONFIG | changes, attn_implementation=attn_implementation)
     model = build(LinformerForCausalLM, config)
     ids = torch.randint(1, 50, (3, 20))
     mask = torch.ones_like(ids)
@@ -281,9 +270,9 @@ def test_steps_compile_once_into_one_graph(projection, position_embedding, attn_
 
 @pytest.mark.parametrize("depth", [pytest.param(1, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.gpu)])
 @pytest.mark.filterwarnings("ignore:::torch", "ignore:.*should not be instantiated:DeprecationWarning")
-def test_compiled_steps_through_the_kernel_equal_eager_ones(depth, kernels, build):
+def test_compiled_steps_through_the_kernel_equal_eager_ones(depth, kernels, build, tiny_config):
     """Inductor may compute anew, late, what it can: nothing that a step reads may be written by then."""
-    model = build(LinformerForCausalLM, LinformerConfig(**CONFIG | {"depth": depth}), dtype=torch.float32).to(DEVICE)
+    model = build(LinformerForCausalLM, tiny_config(**CONFIG | {"depth": depth}), dtype=torch.float32).to(DEVICE)
     ids = torch.randint(1, 50, (2, 10), device=DEVICE)
     mask = torch.ones_like(ids)
     mask[0, :2] = mask[1, 6] = 0
@@ -296,8 +285,8 @@ def test_compiled_steps_through_the_kernel_equal_eager_ones(depth, kernels, buil
             assert relative_error(getattr(other, name), getattr(layer, name)) < 1e-5, name
 
 
-def test_a_prefix_of_inference_mode_can_be_continued(build):
-    model = build(LinformerForCausalLM, LinformerConfig(**CONFIG))
+def test_a_prefix_of_inference_mode_can_be_continued(build, tiny_config):
+    model = build(LinformerForCausalLM, tiny_config(**CONFIG))
     ids = torch.randint(1, 50, (2, 20))
     with torch.inference_mode():
         cache = model(ids[:, :9], use_cache=True).past_key_values
@@ -308,8 +297,8 @@ def test_a_prefix_of_inference_mode_can_be_continued(build):
     assert (torch.cat((step, rest), 1) - expected).abs().max() < ORACLE
 
 
-def test_a_cache_stays_where_it_is(build):
-    model = build(LinformerForCausalLM, LinformerConfig(**CONFIG))
+def test_a_cache_stays_where_it_is(build, tiny_config):
+    model = build(LinformerForCausalLM, tiny_config(**CONFIG))
     ids = torch.randint(1, 50, (2, 40))
     addresses = []
     cache = LinformerCache(model.config)
@@ -322,9 +311,9 @@ def test_a_cache_stays_where_it_is(build):
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch, of autograd.Function
 @pytest.mark.parametrize(("rows", "chunk"), [(1, None), (3, None), pytest.param(3, 4, marks=pytest.mark.slow)])
-def test_generate_compiles_its_steps_where_asked(rows, chunk, build, monkeypatch):
+def test_generate_compiles_its_steps_where_asked(rows, chunk, build, monkeypatch, tiny_config):
     """As for a static cache; rows that end early are filled up by ``generate`` and compile nothing anew."""
-    model = build(LinformerForCausalLM, LinformerConfig(**CONFIG | {"eos_token_id": 7}))
+    model = build(LinformerForCausalLM, tiny_config(**CONFIG | {"eos_token_id": 7}))
     ids = torch.randint(8, 50, (rows, 6))
     greedy = GenerationConfig(
         do_sample=False, max_new_tokens=20, eos_token_id=7, pad_token_id=0, prefill_chunk_size=chunk
@@ -345,8 +334,8 @@ def test_generate_compiles_its_steps_where_asked(rows, chunk, build, monkeypatch
     assert model._kept_cache.layers[0].keys is kept
 
 
-def test_a_compiled_cache_that_is_handed_out_is_not_used_again(build):
-    model = build(LinformerForCausalLM, LinformerConfig(**CONFIG))
+def test_a_compiled_cache_that_is_handed_out_is_not_used_again(build, tiny_config):
+    model = build(LinformerForCausalLM, tiny_config(**CONFIG))
     options = {"do_sample": False, "max_new_tokens": 3, "cache_implementation": "static"}  # compiled on accelerators
     ids = torch.randint(8, 50, (2, 6))
     first = model.generate(ids, **options, return_dict_in_generate=True).past_key_values
@@ -359,8 +348,8 @@ def test_a_compiled_cache_that_is_handed_out_is_not_used_again(build):
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:::torch", "ignore:.*should not be instantiated:DeprecationWarning")
-def test_generate_in_cuda_graphs(build):
-    config = LinformerConfig(
+def test_generate_in_cuda_graphs(build, tiny_config):
+    config = tiny_config(
         **CONFIG | {"embed_dim": 128, "vocab_size": 1000, "num_key_value_heads": 2, "eos_token_id": None}
     )
     model = build(LinformerForCausalLM, config, dtype=torch.float32).to(DEVICE)
