@@ -78,7 +78,7 @@ class LinformerCacheLayer(CacheLayerMixin):
     @property
     def memory(self) -> tuple[Tensor, ...]:
         """What ``attend_next_token`` writes."""
-        return (*(getattr(self, name) for name in self._rows[:6]), self.arrived)
+        return tuple(getattr(self, name) for name in self._rows if name != "seen")
 
     def make_writable(self) -> None:
         """What was made in inference mode cannot be written outside of it: continue on a copy."""
@@ -104,7 +104,7 @@ class LinformerCacheLayer(CacheLayerMixin):
             old = getattr(self, name)
             if torch.is_grad_enabled() and (new.requires_grad or old.requires_grad):
                 setattr(self, name, new)
-            elif new is not old:
+            else:
                 old.copy_(new)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):

@@ -5,7 +5,7 @@ features, PADDED to a power of two, QUERIES and KEYS rows of a tile. Strides are
 contiguous. A grid is (tiles, heads or groups, batch). Scores are kept in units of log 2: exp2 is an instruction.
 
 CAUSAL: queries see slots of complete blocks and a window of tokens. Not CAUSAL: all queries see the slots of their row,
-COUNTED, the first ``count`` of them, and no tokens; WHOLE, the slots that they see fill all tiles.
+COUNTED, the first ``count`` of them, and no tokens. Not MASKED: what queries see fills whole tiles.
 """
 
 try:
