@@ -444,7 +444,7 @@ def _forward(query, key, value, slot_key, slot_value, first_block, layout, count
     return output, logsumexp
 
 
-def _forward_shapes(query, key, value, slot_key, slot_value, first_block, layout):
+def _forward_shapes(query, *rest):
     return _like_tokens(query), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
@@ -559,10 +559,6 @@ def _slots_forward(query, slot_key, slot_value, count):
     return _forward(query, None, None, slot_key, slot_value, None, NO_BLOCKS, count)
 
 
-def _slots_forward_shapes(query, slot_key, slot_value, count):
-    return _like_tokens(query), query.new_empty(query.shape[:3], dtype=torch.float32)
-
-
 def _slots_backward(grad, query, slot_key, slot_value, count, output, logsumexp):
     """Gradients of the queries, and of slot keys and values as [2, B, K, G, D]."""
     count = _every_row(count, len(query))
@@ -666,7 +662,7 @@ def _mix_and_attend_shapes(
     query, key, value, mixed_key, key_weight, value_weight, cos, sin, number, first_block, layout
 ):
     slots = _mix_shapes(key, value, key_weight, value_weight, cos, sin, number, layout)
-    return *_forward_shapes(query, key, value, *slots, first_block, layout), *slots
+    return *_forward_shapes(query), *slots
 
 
 def _angle_rows(angles: Tensor | None, batch: int) -> Tensor | None:
@@ -758,7 +754,7 @@ _WEIGHTS = "Tensor key_weight, Tensor value_weight, Tensor? cos, Tensor? sin, Te
     attend_slots=(
         "(Tensor query, Tensor slot_key, Tensor slot_value, Tensor? count) -> (Tensor, Tensor)",
         _slots_forward,
-        _slots_forward_shapes,
+        _forward_shapes,
     ),
     attend_slots_backward=(
         "(Tensor grad, Tensor query, Tensor slot_key, Tensor slot_value, Tensor? count, Tensor output,"

@@ -217,11 +217,13 @@ class LinformerAttention(nn.Module):
         weights = shared_weights if self.projection is None else self.projection(hidden_states)
         slot_angles = slot_angles.get(self.k)
         cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        if cache is not None and cache.is_initialized and grid.columns == 1:
+        one_token = cache is not None and cache.is_initialized and grid.columns == 1
+        if angles is not None and not one_token:  # which is turned in its kernel
+            query = rotate(query, angles)
+        if one_token:
             output = self._attend_one_token(query, key, value, weights, grid, angles, slot_angles, cache)
-            return self.o_proj(grid.restore(output.transpose(1, 2).flatten(2))), None
-        query = query if angles is None else rotate(query, angles)
-        if not self.is_causal:
+            probabilities = None
+        elif not self.is_causal:
             output, probabilities = self._attend_both_ways(query, key, value, weights, grid, angles, slot_angles)
         else:
             output, probabilities = self._attend_before(query, key, value, weights, grid, angles, slot_angles, cache)
