@@ -36,6 +36,8 @@ CHUNK_FUSED, CHUNKS_IN_VIEW = 256, 4
 KEY_TILE = 128
 # Most slots and window tokens of a fused call: its mask then takes up to 10 KiB a token and layer, in half precision.
 WIDEST_FUSED = 4096
+# Characters of an assertion on an accelerator.
+LONGEST_ASSERTION = 254
 
 
 class TokenGrid(NamedTuple):
@@ -735,4 +737,4 @@ def require(condition: Tensor, message: str) -> None:
         if not condition:
             raise ValueError(message)
     elif condition.device.type != "meta":
-        torch._assert_async(condition, message)
+        torch._assert_async(condition, message[:LONGEST_ASSERTION])

@@ -224,29 +224,16 @@ TILES = {
     ("query", 256): Tile(32, 32, 4, 2),
     ("slot", 256): Tile(32, 32, 4, 2),
     ("token", 256): Tile(32, 32, 4, 2),
-    # Not yet tried on a GPU.
     ("next", 64): Tile(16, 64, 4, 3),
-    ("next", 128): Tile(16, 64, 4, 3),
+    ("next", 128): Tile(16, 64, 8, 3),
     ("next", 256): Tile(16, 32, 4, 2),
 }
-# Of bidirectional attention: no window, so wide tiles waste nothing. Chosen by registers, not yet by time.
-ENCODER_TILES = {
-    ("forward", 64): Tile(128, 64, 8, 3),
-    ("query", 64): Tile(128, 64, 8, 2),
-    ("slot", 64): Tile(32, 128, 8, 3, 128),
-    ("forward", 128): Tile(128, 32, 8, 2),
-    ("query", 128): Tile(64, 64, 8, 2),
-    ("slot", 128): Tile(32, 64, 8, 2),
-    ("forward", 256): Tile(64, 32, 8, 2),
-    ("query", 256): Tile(32, 32, 8, 2),
-    ("slot", 256): Tile(32, 32, 8, 2),
-}
 
 
-def _tile(kernel: str, padded: int, itemsize: int, causal: bool = True) -> Tile:
+def _tile(kernel: str, padded: int, itemsize: int) -> Tile:
     if itemsize == 4:  # products on the ordinary units, operands twice as large
         return Tile(32, 32, 4, 1) if padded <= 128 else Tile(16, 32, 4, 1)
-    return (TILES if causal else ENCODER_TILES)[kernel, max(64, padded)]
+    return TILES[kernel, max(64, padded)]
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -428,7 +415,7 @@ def _forward(query, key, value, slot_key, slot_value, first_block, layout, count
     first_block = _every_row(first_block, batch)
     output = _like_tokens(query)
     logsumexp = query.new_empty(batch, heads, tokens, dtype=torch.float32)
-    tile = _tile("forward", _padded(dim), query.element_size(), causal)
+    tile = _tile("forward", _padded(dim), query.element_size())
     _launch(
         kernels.forward_kernel, (-(-tokens // tile.queries), heads, batch), tile,
         (query, key, value, slot_key, slot_value, output, logsumexp, first_block, count),
@@ -459,7 +446,7 @@ def _query_and_slot_gradients(
     padded, precision = _padded(dim), _precision(query.dtype)
     first_block = _every_row(first_block, batch)
     grad_query, delta = _like_tokens(query), torch.empty_like(logsumexp)
-    tile = _tile("query", padded, query.element_size(), causal)
+    tile = _tile("query", padded, query.element_size())
     _launch(
         kernels.query_gradient_kernel, (-(-tokens // tile.queries), heads, batch), tile,
         (query, key, value, slot_key, slot_value, output, logsumexp, first_block, count, grad, grad_query, delta),
@@ -474,7 +461,7 @@ def _query_and_slot_gradients(
     end_block = _end_block(first_block, -(-tokens // layout.block_size))
     if not slots:
         return grad_query, delta, query.new_empty(2, batch, groups, 0, dim), end_block
-    tile = _tile("slot", padded, query.element_size(), causal)
+    tile = _tile("slot", padded, query.element_size())
     tiles = -(-slots // tile.keys)
     parts = _fold_parts(tiles * batch * groups, tokens)
     dtype = query.dtype if parts == 1 else torch.float32

@@ -233,10 +233,9 @@ class LinformerModel(LinformerPreTrainedModel):
             return
         row = f"of what the cache holds and {tokens} more" if continues else f"of {tokens} tokens"
         message = (
-            f"a row {row} is longer than seq_length={limit}: this configuration (position_embedding="
-            f"{self.config.position_embedding!r}, projection={self.config.projection!r}, causal={self.config.causal}) "
-            f"has weights for {limit} positions; a causal model with rotary positions and projection 'convolution' or "
-            "'pooling' runs past seq_length"
+            f"a row {row} is longer than seq_length={limit}: position_embedding={self.config.position_embedding!r}, "
+            f"projection={self.config.projection!r}, causal={self.config.causal} end there; rotary positions with "
+            "projection 'convolution' or 'pooling' and causal=True do not"
         )
         if grid.keep_BT is None and grid.first_block_BC is None and not continues:
             raise ValueError(message)

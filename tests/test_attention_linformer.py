@@ -348,3 +348,12 @@ def test_mixing_a_whole_row_is_its_sum(tokens, stored, batch, memory, sets):
     got = torch.autograd.grad(mixed, (states, weight), gradient)
     for part, wanted in zip(got, torch.autograd.grad(expected, (states, weight), gradient), strict=True):
         assert relative_error(part, wanted) < ORACLE
+
+
+def test_an_assertion_that_does_not_wait_is_short_enough_for_a_gpu(monkeypatch):
+    """CUDA takes up to 254 characters."""
+    said = []
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(torch, "_assert_async", lambda _condition, message: said.append(message))
+    attention.require(torch.tensor(True), "why " * 100)
+    assert said == [("why " * 100)[:254]]

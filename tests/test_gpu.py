@@ -400,7 +400,7 @@ def mixing_call(tokens, dtype, device, block=64, slots=4, heads=8, dim=64):
 @pytest.mark.parametrize("position_embedding", ["rotary", "learned"])
 def test_the_operators_keep_their_promises(position_embedding, how, device, monkeypatch):
     """Schema, and shapes, dtypes and strides that torch.compile is told, on the arguments of a training step."""
-    names = [name for name in vars(kernels_linformer) if name.endswith("_op")]
+    names = {name for name in vars(kernels_linformer) if name.endswith("_op")} - {"attend_next_token_op"}  # no training
     calls = {}
 
     def recording(name, operator):
@@ -425,7 +425,7 @@ def test_the_operators_keep_their_promises(position_embedding, how, device, monk
         leaves = [tensor.detach().requires_grad_() for tensor in (query, *slots)]
         kernels_linformer.attend_slots(*leaves, count).sum().backward()
     assert len(names) == 6
-    assert calls.keys() == set(names)
+    assert calls.keys() == names
     for operator, arguments in calls.values():
         torch.library.opcheck(operator, tuple(arguments), test_utils=("test_schema", "test_faketensor"))
 
