@@ -34,6 +34,15 @@ def describe() -> dict:
     }
 
 
+def loss_implementation(device: str) -> str:
+    """What computes the loss of a training in bfloat16: which libraries there are decides, and the speed with them."""
+    import torch
+
+    from linpass.training.losses import choose_implementation
+
+    return choose_implementation("auto", torch.empty(0, 1, device=device, dtype=torch.bfloat16))
+
+
 def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []

@@ -121,13 +121,12 @@ def narrow(plan: Plan) -> dict:
 
 def describe(device: torch.device, plan: Plan, command: str) -> dict:
     from benchmarks.environment import describe as describe_machine
-    from linpass.training.losses import choose_implementation
+    from benchmarks.environment import loss_implementation
 
-    hidden = torch.empty(0, 1, device=device, dtype=torch.bfloat16)
     return describe_machine() | {
         "device": device.type,
         "size": plan.size._asdict(),
-        "loss": choose_implementation("auto", hidden),
+        "loss": loss_implementation(device.type),
         "batch_tokens": plan.batch_tokens,
         "rounds": plan.rounds.rounds,
         "calls": plan.rounds.calls,

@@ -77,6 +77,7 @@ def run(options: argparse.Namespace) -> None:
     """The queue, on every GPU that torch sees; without one on the processor."""
     import torch
 
+    from benchmarks.environment import loss_implementation
     from benchmarks.quality.schedule import Schedule, Settings
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of the queue's end, which stops its processes
@@ -92,6 +93,7 @@ def run(options: argparse.Namespace) -> None:
         torch_compile=options.torch_compile,
         bf16=bool(gpus),
         dtype=options.dtype,
+        loss=loss_implementation("cuda" if gpus else "cpu"),
         smoke=options.smoke,
         **({"scratch": options.scratch} if options.scratch else {}),
     )

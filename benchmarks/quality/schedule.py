@@ -37,6 +37,7 @@ class Settings:
         processes: at a time on each GPU.
         gpus: their numbers, as CUDA_VISIBLE_DEVICES has them; without any the runs are on the processor.
         dtype: of the evaluation.
+        loss: what computes the loss of the training, see ``loss_implementation``.
     """
 
     data: Path
@@ -47,13 +48,14 @@ class Settings:
     torch_compile: bool = False
     bf16: bool = False
     dtype: str = "float32"
+    loss: str = ""
     smoke: bool = False
     scratch: Path = Path(tempfile.gettempdir()) / "linpass_quality"
 
     def described(self) -> dict[str, Any]:
         """What must not differ between the runs of a folder of results; and how many shared a GPU."""
         return {
-            **{name: getattr(self, name) for name in ("torch_compile", "bf16", "dtype", "smoke")},
+            **{name: getattr(self, name) for name in ("torch_compile", "bf16", "dtype", "loss", "smoke")},
             "data": identity(self.data),
         }
 
