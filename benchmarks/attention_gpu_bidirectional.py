@@ -43,7 +43,7 @@ CASES = (
     Case("odd n 999, k = 100", 999, 100),
     Case("n = 2048, k = 256", 2048, 256),
     Case("n = 1, k = 16", 1, 16),
-    Case("k = 1", 333, 1),
+    Case("k = 2", 333, 2),  # with one slot the gradients of queries and keys are zero: no relative error
     Case("E and F for every head", 777, 96, sets=8),
     Case("some slots held", 999, 100, counts=(100, 37)),
     Case("one slot held, float16", 512, 128, torch.float16, counts=(1, 128)),

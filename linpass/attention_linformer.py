@@ -451,14 +451,24 @@ def mix_and_attend(
     Cost: that of :func:`attend_blocks` and O(B·G·N·r·D) for the mixing.
     Invariants: those of :func:`attend_blocks`.
     """
+    slots = mix_keys_and_values(key_BGND, value_BGND, weights, slot_angles, block_BC)
+    near = key_BGND if rotated_key_BGND is None else rotated_key_BGND
+    return attend(query_BHND, near, value_BGND, *slots, layout, first_block_BC)
+
+
+def mix_keys_and_values(
+    key_BGND: Tensor,
+    value_BGND: Tensor,
+    weights: tuple[Tensor, Tensor],
+    slot_angles: tuple[Tensor, Tensor] | None = None,
+    block_BC: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Slots of keys, turned where positions are rotary, and of values: arguments as :func:`mix_and_attend` has them."""
     slot_key, slot_value = (
         mix_blocks(states, weight.to(states.dtype), block_BC)
         for states, weight in zip((key_BGND, value_BGND), weights, strict=True)
     )
-    if slot_angles is not None:
-        slot_key = rotate(slot_key, slot_angles)
-    near = key_BGND if rotated_key_BGND is None else rotated_key_BGND
-    return attend(query_BHND, near, value_BGND, slot_key, slot_value, layout, first_block_BC)
+    return slot_key if slot_angles is None else rotate(slot_key, slot_angles), slot_value
 
 
 def _suits_fused(query_BHND: Tensor, key_BGMD: Tensor, slot_key_BGSD: Tensor, layout: BlockLayout) -> bool:

@@ -176,6 +176,36 @@ class LinformerCacheLayer(CacheLayerMixin):
         row = torch.arange(self.slots_per_block, device=self.device)
         return _read_rows(slots, (block[..., None] % self.visible_blocks * self.slots_per_block + row).flatten(1))
 
+    def write_prompt(
+        self,
+        grid: TokenGrid,
+        key_BGND: Tensor,
+        value_BGND: Tensor,
+        slot_keys: Tensor,
+        slot_values: Tensor,
+        block_keys: Tensor | None,
+        block_values: Tensor | None,
+    ) -> None:
+        """The first tokens of every row, into a cache of zeros; :meth:`count` then counts them.
+
+        Args:
+            key_BGND, value_BGND: tokens at their columns, keys rotated.
+            slot_keys, slot_values: of every complete block, [B, G, C * R, D], keys rotated.
+            block_keys, block_values: sums of the block under way, [B, G, R, D]; None where no row has any.
+        """
+        slots_B = None if grid.total_B is None else grid.total_B // self.block_size * self.slots_per_block
+        self._write(
+            keys=_ring_of(key_BGND, self.window_size, grid.total_B),
+            values=_ring_of(value_BGND, self.window_size, grid.total_B),
+        )
+        if self.slots:
+            self._write(
+                slot_keys=_ring_of(slot_keys, self.slots, slots_B),
+                slot_values=_ring_of(slot_values, self.slots, slots_B),
+            )
+        if block_keys is not None and block_values is not None:
+            self._write(block_keys=block_keys, block_values=block_values)
+
     def write_grid(
         self,
         grid: TokenGrid,
@@ -185,18 +215,14 @@ class LinformerCacheLayer(CacheLayerMixin):
         block_values: Tensor,
         slot_keys: Tensor,
     ) -> None:
-        """Add the tokens of a call; :meth:`count` then counts them.
+        """Add the tokens of a call that continues; :meth:`count` then counts them.
 
         Args:
             key_BGND, value_BGND: new tokens at their columns, keys rotated.
             block_keys, block_values: sums of every block of the grid, complete or not, [B, G, C * R, D].
             slot_keys: ``block_keys`` rotated.
         """
-        tokens = grid.index_BT.shape[1]  # masked ones included
-        zero = torch.zeros_like(self.seen)
-        start = zero if grid.start_B is None else grid.start_B
-        total = zero + tokens if grid.total_B is None else grid.total_B
-
+        start, total = grid.start_B, grid.total_B
         # Ring position p holds the newest token i with i % w == p: from this call if it is one of its tokens.
         position = torch.arange(self.window_size, device=self.device)
         newest = total[:, None] - 1 - (total[:, None] - 1 - position) % self.window_size
@@ -349,6 +375,20 @@ class LinformerCache(Cache):
         """Bytes of all tensors; 0 before the first token."""
         layers = [layer for layer in self.layers if layer.is_initialized]
         return sum(getattr(layer, name).nbytes for layer in layers for name in layer._tensors)
+
+
+def _ring_of(states_BGND: Tensor, size: int, count_B: Tensor | None) -> Tensor:
+    """The last ``size`` rows, row i at place i % size, zeros where there is none; of ``count_B`` rows, None: of all."""
+    rows = states_BGND.shape[2]
+    if count_B is None or not rows:
+        newest = states_BGND[:, :, max(0, rows - size) :]
+        if rows < size:
+            return torch.nn.functional.pad(newest, (0, 0, 0, size - rows))
+        return newest.roll(rows % size, 2)
+    last_B1 = count_B[:, None] - 1
+    row_BS = last_B1 - (last_B1 - torch.arange(size, device=count_B.device)) % size
+    held = _read_rows(states_BGND, row_BS.clamp(0, rows - 1))
+    return held.masked_fill((row_BS < 0)[:, None, :, None], 0)
 
 
 def _read_rows(states_BGMD: Tensor, row_BN: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ Without Triton or CUDA, for float64, and for the rare calls named in :func:`_fit
 ``attention_linformer``, which is also the oracle of the tests. Shape suffixes as there.
 """
 
+import math
 import re
 from typing import Any, NamedTuple
 
@@ -105,6 +106,36 @@ def mix_and_attend(
     return _MixAndAttend.apply(query, near, value, mixed, *weights, cos, sin, block_BC, first_block_BC, list(layout))
 
 
+def mix_and_attend_with_slots(
+    query_BHND: Tensor,
+    key_BGND: Tensor,
+    value_BGND: Tensor,
+    weights: tuple[Tensor, Tensor],
+    layout: BlockLayout,
+    rotated_key_BGND: Tensor | None = None,
+    slot_angles: tuple[Tensor, Tensor] | None = None,
+    block_BC: Tensor | None = None,
+    first_block_BC: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`mix_and_attend`, and the slots of keys (turned) and of values, [B, G, C * R, D], which a cache keeps.
+
+    Where a gradient is recorded the mixing is PyTorch's: the fused backward pass takes none for the slots.
+    """
+    states = (query_BHND, key_BGND, value_BGND, *weights)
+    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in states)
+    near = key_BGND if rotated_key_BGND is None else rotated_key_BGND
+    query, near, value, key = _one_dtype(query_BHND, near, value_BGND, key_BGND)
+    if recorded or not _fits((query, near, value, key), layout) or not _fits_mixing(query, layout):
+        slots = plain.mix_keys_and_values(key, value, weights, slot_angles, block_BC)
+        return attend_blocks(query, near, value, *slots, layout, first_block_BC), *slots
+    mixed = None if rotated_key_BGND is None else key
+    cos, sin = (None, None) if slot_angles is None else slot_angles
+    output, _, *slots = mix_and_attend_op(
+        query, near, value, mixed, *weights, cos, sin, block_BC, first_block_BC, list(layout)
+    )
+    return output, *slots
+
+
 def attend_slots(
     query_BHND: Tensor, slot_key_BGKD: Tensor, slot_value_BGKD: Tensor, count_B: Tensor | None = None
 ) -> Tensor:
@@ -160,6 +191,16 @@ def attend_next_token(
     return attend_next_token_op(*tensors, *memory, index_B1, keep_B1, *weights, *pairs[0], *pairs[1], list(layout))
 
 
+def rotary_angles(position_BN: Tensor, dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """:func:`attention_linformer.rotary_angles`, in one launch on an NVIDIA GPU.
+
+    An operator, so that torch.compile forms cosines in float64 once, not wherever a layer turns something by them.
+    """
+    if triton is None or not (INTERPRETED if position_BN.device.type == "cpu" else _is_known(position_BN)):
+        return plain.rotary_angles(position_BN, dim, base, dtype)
+    return rotary_angles_op(position_BN, dim, base, dtype)
+
+
 def _fits(tensors: tuple[Tensor, ...], layout: BlockLayout) -> bool:
     """Triton, an NVIDIA GPU with bfloat16 (Ampere, 2020, or later), 16 to 256 features in at most 32 bits.
 
@@ -177,7 +218,7 @@ def _fits(tensors: tuple[Tensor, ...], layout: BlockLayout) -> bool:
         return False
     if query.device.type == "cpu":
         return INTERPRETED
-    return query.is_cuda and _shared_memory(query.device) >= (1 if query.shape[-1] <= 128 else ROOMY)
+    return _is_known(query) and (query.shape[-1] <= 128 or _shared_memory(query.device) >= ROOMY)
 
 
 def _fits_mixing(query: Tensor, layout: BlockLayout) -> bool:
@@ -187,6 +228,10 @@ def _fits_mixing(query: Tensor, layout: BlockLayout) -> bool:
     slots = _slots_tile(tile.keys, layout.block_size, r) if r else 0
     room = 2**15 if query.device.type == "cpu" or _shared_memory(query.device) >= ROOMY else 2**14
     return 0 < slots <= 128 and slots * padded * query.element_size() <= room
+
+
+def _is_known(tensor: Tensor) -> bool:
+    return tensor.is_cuda and _shared_memory(tensor.device) > 0
 
 
 SHARED_MEMORY: dict[torch.device, int] = {}
@@ -652,6 +697,22 @@ def _mix_and_attend_shapes(
     return *_forward_shapes(query), *slots
 
 
+def _rotary_angles(position, dim, base, dtype):
+    position = position.contiguous()
+    cos, sin = _rotary_angles_shapes(position, dim, base, dtype)
+    padded, rows = _power_of_two(dim // 2), position.numel()
+    tile = max(1, 1024 // padded)
+    _launch(
+        kernels.angles_kernel, (-(-rows // tile), 1, 1), Tile(0, 0, 4, 1), (position, cos, sin),
+        (rows, -2 * math.log2(base) / dim, dim, padded, tile),
+    )  # fmt: skip
+    return cos, sin
+
+
+def _rotary_angles_shapes(position, dim, base, dtype):
+    return tuple(position.new_empty(len(position), 1, position.shape[1], dim, dtype=dtype) for _ in range(2))
+
+
 def _angle_rows(angles: Tensor | None, batch: int) -> Tensor | None:
     """[B or 1, 1, S, D] as [B, S, D], rows next to each other; a batch that shares them has stride 0."""
     if angles is None:
@@ -718,6 +779,7 @@ _WEIGHTS = "Tensor key_weight, Tensor value_weight, Tensor? cos, Tensor? sin, Te
     attend_slots_op,
     attend_slots_backward_op,
     attend_next_token_op,
+    rotary_angles_op,
 ) = _operators(
     attend=(f"({_SEEN}, int[] layout) -> (Tensor, Tensor)", _forward, _forward_shapes),
     attend_backward=(
@@ -756,5 +818,10 @@ _WEIGHTS = "Tensor key_weight, Tensor value_weight, Tensor? cos, Tensor? sin, Te
         " Tensor? sin, Tensor? slot_cos, Tensor? slot_sin, int[] layout) -> Tensor",
         _attend_next_token,
         _attend_next_token_shapes,
+    ),
+    rotary_angles=(
+        "(Tensor position, int dim, float base, ScalarType dtype) -> (Tensor, Tensor)",
+        _rotary_angles,
+        _rotary_angles_shapes,
     ),
 )

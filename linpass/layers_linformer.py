@@ -20,6 +20,7 @@ from .attention_linformer import (
     exact,
     held_slots,
     mix_blocks,
+    mix_keys_and_values,
     mix_sequence,
     pooling_weight,
     rotate,
@@ -28,7 +29,13 @@ from .attention_linformer import (
 )
 from .cache_linformer import LinformerCache, LinformerCacheLayer
 from .configuration_linformer import LinformerConfig
-from .kernels_linformer import attend_blocks, attend_next_token, attend_slots, mix_and_attend
+from .kernels_linformer import (
+    attend_blocks,
+    attend_next_token,
+    attend_slots,
+    mix_and_attend,
+    mix_and_attend_with_slots,
+)
 
 
 class LowRankLinear(nn.Module):
@@ -287,20 +294,23 @@ class LinformerAttention(nn.Module):
         eager = self.config._attn_implementation == "eager"
         blocks = grid.block_numbers(layout.block_size)
         rotated = key if angles is None else rotate(key, angles)
+        arguments = (query, key, value, weights, layout, None if angles is None else rotated)
+        arguments += (slot_angles, blocks, grid.first_block_BC)
         if self.k and cache is None and not eager:
-            near = None if angles is None else rotated
-            arguments = (weights, layout, near, slot_angles, blocks, grid.first_block_BC)
-            return mix_and_attend(query, key, value, *arguments), None
+            return mix_and_attend(*arguments), None
+        if self.k and not continues and not eager:
+            output, slot_key, slot_value = mix_and_attend_with_slots(*arguments)
+            self._write_prompt(cache, grid, key, rotated, value, weights, slot_key, slot_value)
+            return output, None
         slot_key, slot_value = key[:, :, :0], value[:, :, :0]
         block_key, block_value = slot_key, slot_value
-        if self.k and cache is None:
-            slot_key, slot_value = mix_blocks(key, weights[0], blocks), mix_blocks(value, weights[1], blocks)
+        if self.k and not continues:
+            slot_key, slot_value = mix_keys_and_values(key, value, weights, slot_angles, blocks)
         elif self.k:
             block_key, block_value = self._sum_blocks(key, value, weights, grid, blocks, cache)
             slot_key, slot_value = block_key, block_value.to(value.dtype)
-        if slot_angles is not None:
-            slot_key = rotate(slot_key, slot_angles)
-        slot_key = slot_key.to(key.dtype)
+            slot_key = slot_key if slot_angles is None else rotate(slot_key, slot_angles)
+            slot_key = slot_key.to(key.dtype)
 
         plain = not continues and grid.first_block_BC is None
         if not self.k and plain and layout.window_size >= grid.columns:
@@ -321,16 +331,43 @@ class LinformerAttention(nn.Module):
                 probabilities = None if continues else self._in_given_order(probabilities, slot_key.shape[2], grid)
             else:
                 output, probabilities = attend_blocks(*tensors, layout, grid.first_block_BC), None
-        if cache is not None:
-            if not cache.is_initialized:
-                cache.lazy_initialization(key, value)
+        if continues:
             cache.write_grid(grid, rotated, value, block_key, block_value, slot_key)
+        elif cache is not None:
+            self._write_prompt(cache, grid, key, rotated, value, weights, slot_key, slot_value)
         return output, probabilities
 
-    def _sum_blocks(self, key, value, weights, grid, blocks, cache):
-        """Mixtures of all blocks of the grid, the last ones incomplete, the first with what the cache holds of it.
+    def _write_prompt(self, cache, grid, key, rotated, value, weights, slot_key, slot_value):
+        """The first tokens of every row, and what there is of the blocks that they leave under way."""
+        cache.lazy_initialization(key, value)
+        sums = [None, None]
+        if self.k and (grid.total_B is not None or grid.columns % self.layout.block_size):
+            with exact(key.device):
+                sums = [self._sum_under_way(*pair, grid) for pair in zip((key, value), weights, strict=True)]
+        cache.write_prompt(grid, rotated, value, slot_key, slot_value, *sums)
 
-        In float32 at least: a block under way is a sum over many calls, and must not drift from one call over all.
+    def _sum_under_way(self, states: Tensor, weight_XCPR: Tensor, grid: TokenGrid) -> Tensor:
+        """Mixture of the tokens behind each row's last complete block, [B, G, R, D], of rows that start here.
+
+        In float32 at least: the sum goes on over many calls, and must not drift from one call over all.
+        """
+        b, stored = self.layout.block_size, weight_XCPR.shape[1]
+        wide = torch.promote_types(states.dtype, torch.float32)
+        if grid.total_B is None:
+            number, tokens = divmod(grid.columns, b)
+            weight = weight_XCPR[:, min(number, stored - 1), :tokens].to(wide)
+            return mix_sequence(states[:, :, number * b :].to(wide), weight)
+        number_B = grid.total_B // b
+        column_BP = number_B[:, None] * b + torch.arange(b, device=states.device)
+        index = column_BP.clamp(max=grid.columns - 1)[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
+        weight = weight_XCPR[:, number_B.clamp(max=stored - 1)].transpose(0, 1).to(wide)
+        weight = weight.masked_fill((column_BP >= grid.total_B[:, None])[:, None, :, None], 0)
+        return weight.transpose(2, 3) @ states.gather(2, index).to(wide)
+
+    def _sum_blocks(self, key, value, weights, grid, blocks, cache):
+        """Mixtures of all blocks of a grid that continues, the last ones incomplete, the first with what the cache has.
+
+        In float32 at least, as :meth:`_sum_under_way`.
         """
         columns = -(-grid.columns // self.layout.block_size) * self.layout.block_size
         sums = []
@@ -339,11 +376,9 @@ class LinformerAttention(nn.Module):
             states = F.pad(states, (0, 0, 0, columns - grid.columns))
             with exact(states.device):
                 sums.append(mix_blocks(states, weight.to(states.dtype), blocks))
-        if cache.is_initialized:
-            begun = (cache.block_keys, cache.block_values)
-            behind = (0, 0, 0, sums[0].shape[2] - self.layout.slots_per_block)
-            sums = [blocks_sum + F.pad(under_way, behind) for blocks_sum, under_way in zip(sums, begun, strict=True)]
-        return sums
+        begun = (cache.block_keys, cache.block_values)
+        behind = (0, 0, 0, sums[0].shape[2] - self.layout.slots_per_block)
+        return [blocks_sum + F.pad(under_way, behind) for blocks_sum, under_way in zip(sums, begun, strict=True)]
 
     def _attend_one_token(self, query, key, value, weights, grid, angles, slot_angles, cache: LinformerCacheLayer):
         """One token per row against slots and ring: at most k + w rows, at any position."""

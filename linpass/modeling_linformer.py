@@ -32,10 +32,10 @@ from .attention_linformer import (
     packed_grid,
     plain_grid,
     require,
-    rotary_angles,
 )
 from .cache_linformer import LinformerCache
 from .configuration_linformer import LinformerConfig
+from .kernels_linformer import rotary_angles
 from .layers_linformer import LinformerAttention, LinformerBlock, SequenceProjection, slot_positions
 
 logger = logging.get_logger(__name__)

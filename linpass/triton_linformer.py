@@ -58,6 +58,25 @@ if triton is not None:
             sine = _load_rows(sin, start, stop, stride, ROWS, DIM, PADDED).to(tl.float32)
             return states * cosine + tl.where(left, -turned * sine, turned * sine)
 
+    @kernel
+    def angles_kernel(
+        position, cos, sin, rows, STEP: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr
+    ):
+        """`rotary_angles` of attention_linformer; feature i turns by 2 ** (i * STEP) of the position, in float64."""
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        column = tl.arange(0, PADDED)
+        # An argument, or a number in an expression, would be of 32 bits.
+        rate = tl.exp2(column.to(tl.float64) * tl.full([1], STEP, tl.float64))
+        at = tl.load(position + row, mask=row < rows, other=0).to(tl.float64)
+        angle = at[:, None] * rate[None, :]
+        out = tl.cast(row, tl.int64)[:, None] * DIM + column[None, :]
+        inside = (row < rows)[:, None] & (column < DIM // 2)[None, :]
+        cosine, sine = tl.cos(angle).to(cos.dtype.element_ty), tl.sin(angle).to(sin.dtype.element_ty)
+        tl.store(cos + out, cosine, mask=inside)
+        tl.store(cos + out + DIM // 2, cosine, mask=inside)
+        tl.store(sin + out, sine, mask=inside)
+        tl.store(sin + out + DIM // 2, sine, mask=inside)
+
     @triton.jit
     def _seen(
         column, first_block, S, window, view, past_tokens, past_blocks,

@@ -89,6 +89,14 @@ def test_splits_with_left_padding_and_gaps(position, projection, attn_implementa
         assert past.get_seq_length() == tokens
 
 
+@pytest.mark.parametrize("tokens", [1, 5, 8, 23, 32])
+def test_a_prompt_is_computed_as_without_a_cache(tokens, build, tiny_config):
+    model = build(LinformerForCausalLM, tiny_config(projection="convolution", position_embedding="rotary"))
+    ids = torch.randint(0, 50, (2, tokens))
+    with torch.no_grad():
+        assert torch.equal(model(ids, use_cache=True).logits, model(ids, use_cache=False).logits)
+
+
 def test_rows_can_be_reordered_selected_repeated_and_copied(build, tiny_config):
     model = build(LinformerForCausalLM, tiny_config(k=[8, 0]))
     ids = torch.randint(0, 50, (3, 30))

@@ -204,11 +204,12 @@ def a_device_where_one_is_needed(request):
 
 @pytest.fixture
 def launches(kernels, monkeypatch):
-    """Names of the kernels that were started, in order."""
+    """Names of the kernels of attention that were started, in order."""
     names, launch = [], kernels._launch
 
     def remember(kernel, *rest):
-        names.append(kernel.__name__)
+        if kernel is not kernels.kernels.angles_kernel:
+            names.append(kernel.__name__)
         launch(kernel, *rest)
 
     monkeypatch.setattr(kernels, "_launch", remember)
@@ -355,6 +356,49 @@ def test_loops_over_single_tokens_agree(kernels):
     expected = torch.autograd.grad(truth, list(truths.values()), gradient.double().cpu())
     got = {part: g.cpu() for part, g in zip(leaves, got, strict=True)}
     assert_within_the_table(case.dtype, output.cpu(), got, truth, dict(zip(truths, expected, strict=True)))
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu), torch.float32, torch.float64]
+)
+@pytest.mark.parametrize("dim", [2, 20, pytest.param(64, marks=pytest.mark.gpu), 256])
+def test_angles_are_those_of_the_oracle(dim, dtype, kernels):
+    """The last bit, where two results lie on different sides of a rounding; float64 by the angle's own last bits."""
+    tokens = torch.cat((torch.arange(70), torch.randint(0, 2**20, (63,)), torch.tensor([2**20])))
+    for position in (tokens[None], tokens.reshape(2, 67).double() + 0.5):
+        position = position.to(DEVICE)
+        got = kernels.rotary_angles(position, dim, 1e4, dtype)
+        wanted = rotary_angles(position, dim, 1e4, dtype)
+        tolerance = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-7, torch.float64: 1e-9}[dtype]
+        for one, other in zip(got, wanted, strict=True):
+            assert (one.shape, one.dtype) == (other.shape, dtype)
+            torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
+            assert (one != other).double().mean() < 0.01 or dtype == torch.float64
+
+
+def test_angles_are_an_operator(kernels):
+    position = torch.arange(50, device=DEVICE).reshape(2, 25)
+    torch.library.opcheck(kernels.rotary_angles_op, (position, 16, 1e4, torch.float32))
+
+
+@pytest.mark.parametrize("case", [small(), small(packed="each"), small(rotary=False, groups=2), real(groups=2)])
+def test_a_cache_gets_the_slots_that_were_attended_to(case, kernels, launches):
+    """Without a gradient from the kernels, with one from PyTorch; both within the table."""
+    leaves, grid = make_leaves(case), make_grid(case)
+    truths = {part: leaf.detach().double() for part, leaf in leaves.items()}
+    a, true = arguments(case, leaves, grid), arguments(case, truths, grid)
+    wanted = attention_linformer.mix_keys_and_values(true.key, true.value, true.weights, true.angles, true.blocks)
+    wanted = (oracle(case, truths, grid), *wanted)
+    given = (a.query, a.key, a.value, a.weights, a.layout, a.near, a.angles, a.blocks, a.first_block)
+    for recorded in (False, True):
+        launches.clear()
+        with torch.set_grad_enabled(recorded):
+            got = kernels.mix_and_attend_with_slots(*given)
+        assert launches == ["mix_kernel", "forward_kernel"][recorded:]
+        for one, other in zip(got, wanted, strict=True):
+            assert one.requires_grad is recorded
+            assert relative_error(one, other) < VALUE[case.dtype]
+    got[1].sum().backward()  # through a slot
 
 
 def attention_call(case, past=False):
@@ -683,7 +727,7 @@ def check_model(model, ids, launches, autocast=None):
     with torch.no_grad():
         past = model(ids[:, :half], use_cache=True).past_key_values
         model(ids[:, half:], past_key_values=past)
-    assert launches == ["forward_kernel"] * 4
+    assert launches == ["mix_kernel", "forward_kernel"] * 2 + ["forward_kernel"] * 2
 
 
 def test_models_take_the_kernels(kernels, launches):
