@@ -183,12 +183,18 @@ def prefill_table(result: dict) -> list[str]:
 def profile_tables(rows: list[dict], line: Callable[[dict], str]) -> list[str]:
     """The longest kernels of each row that has them."""
     lines = []
-    for row in (row for row in rows if "profile" in row):
+    for row in (row for row in rows if "profile" in row and row["variant"].startswith(("linpass", "bound"))):
         found = row["profile"]
         lines += ["", f"{line(row)}: {100 * found['outside_kernels']:.1f} % of the time outside of kernels."]
         share = [[f"`{name}`", count, ms, f"{100 * ms / found['call_ms']:.1f} %"] for name, count, ms in found["top"]]
         lines += table(["kernel", "launches", "ms", "of the call"], share)
-    return ["", "## Where the time goes", *lines] if lines else []
+    head = [
+        "",
+        "## Where the time goes",
+        "",
+        "The longest kernels of our own rows; those of the others are in the JSON file.",
+    ]
+    return [*head, *lines] if lines else []
 
 
 def notes(result: dict) -> list[str]:

@@ -34,6 +34,10 @@ class Report:
         done: dict | None = None,
     ):
         self.path, self.line, self.ends = path, line, time.perf_counter() + seconds
+        if done:
+            environment = environment | {
+                "commit": f"{environment['commit']}; earlier rows: {done['environment']['commit']}"
+            }
         self.result = {"theme": theme, "environment": environment}
         self.result |= {section: [] for section in (*sections, "left_out")}
         self.done = done or {}
