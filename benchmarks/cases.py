@@ -9,7 +9,15 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from linpass.attention_linformer import BlockLayout, attend_blocks, attend_blocks_reference, mix_blocks
+from linpass.attention_linformer import (
+    BlockLayout,
+    attend_blocks,
+    attend_blocks_reference,
+    attend_slots,
+    attend_visible,
+    mix_blocks,
+    mix_sequence,
+)
 
 HEADS, DIM = 8, 64
 # Fixed k and w, as in the paper's claim: r falls as n grows, so that k slots stand for any n.
@@ -57,19 +65,53 @@ def sdpa_attention(tokens: int, dtype: torch.dtype = torch.float32) -> Attention
     return Attention(leaves(tokens, dtype), lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True))
 
 
+def linformer_both_ways(tokens: int, dtype: torch.dtype = torch.float32) -> Attention:
+    """The encoder's attention over k = 128 slots that mix the whole row, E and F shared by the heads."""
+    generator = torch.Generator().manual_seed(2)
+    weights = [torch.randn(1, tokens, SLOTS, generator=generator, dtype=dtype) / tokens**0.5 for _ in range(2)]
+
+    def forward(query, key, value, key_weight, value_weight):
+        return attend_slots(query, mix_sequence(key, key_weight), mix_sequence(value, value_weight))
+
+    return Attention([*leaves(tokens, dtype), *(weight.requires_grad_() for weight in weights)], forward)
+
+
+def sdpa_both_ways(tokens: int, dtype: torch.dtype = torch.float32) -> Attention:
+    """PyTorch's full attention, bidirectional."""
+    return Attention(leaves(tokens, dtype), F.scaled_dot_product_attention)
+
+
 def check_attention(tokens: int) -> float:
-    """Largest relative error of output and gradients in float32 against the float64 reference; raises past 1e-5."""
-    fast, layout = linformer_attention(tokens), layout_for(tokens)
-    truth = [leaf.detach().double().requires_grad_() for leaf in fast.leaves]
-    grad = torch.randn(1, HEADS, tokens, DIM, generator=torch.Generator().manual_seed(1))
-    output = fast.forward(*fast.leaves)
+    """The error of causal attention, see :func:`check`."""
+    layout = layout_for(tokens)
+
+    def truth(query, key, value, weight):
+        slots = mix_blocks(key, weight), mix_blocks(value, weight)
+        return attend_blocks_reference(query, key, value, *slots, layout)[0]
+
+    return check(linformer_attention(tokens), truth)
+
+
+def check_both_ways(tokens: int) -> float:
+    """The error of bidirectional attention, see :func:`check`."""
+
+    def truth(query, key, value, key_weight, value_weight):
+        return attend_visible(query, key_weight.mT @ key, value_weight.mT @ value)[0]
+
+    return check(linformer_both_ways(tokens), truth)
+
+
+def check(fast: Attention, truth: Callable[..., torch.Tensor]) -> float:
+    """Largest relative error of output and gradients in float32 against ``truth`` in float64; raises past 1e-5."""
+    exact = [leaf.detach().double().requires_grad_() for leaf in fast.leaves]
+    grad = torch.randn(fast.leaves[0].shape, generator=torch.Generator().manual_seed(1))
+    output, expected = fast.forward(*fast.leaves), truth(*exact)
     output.backward(grad)
-    query, key, value, weight = truth
-    expected = attend_blocks_reference(query, key, value, mix_blocks(key, weight), mix_blocks(value, weight), layout)[0]
     expected.backward(grad.double())
-    pairs = [(output, expected), *((a.grad, b.grad) for a, b in zip(fast.leaves, truth, strict=True))]
+    pairs = [(output, expected), *((a.grad, b.grad) for a, b in zip(fast.leaves, exact, strict=True))]
     error = max(((a.double() - b).norm() / b.norm()).item() for a, b in pairs)
     if not error < 1e-5:
+        tokens = fast.leaves[0].shape[2]
         raise AssertionError(f"attention is wrong at n={tokens}: relative error {error:.1e}; nothing is measured")
     return error
 

@@ -1,4 +1,4 @@
-"""Measure on a CPU: ``python -m benchmarks.run attention``, ``... model``, or both without a word.
+"""Measure on a CPU: ``python -m benchmarks.run attention``, ``... both_ways``, ``... model``, or all without a word.
 
 Writes ``benchmarks/results/<theme>_cpu_<YYYYMM>.json`` and a table of the same name with ``.md``. A case whose check
 fails is not measured. Times are medians (and quartiles) of at least 20 repeats after a warm-up, all cases of a theme in
@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
@@ -67,27 +68,42 @@ def status_bytes(field: str) -> int:
 
 
 def attention() -> dict:
-    """Attention alone, forward and backward, float32, beside SDPA."""
+    """Causal attention alone, forward and backward, float32, beside SDPA."""
+    from benchmarks import cases
+
+    def sizes(tokens: int) -> dict:
+        layout = cases.layout_for(tokens)
+        b, r = layout.block_size, layout.slots_per_block
+        return {"k": r * tokens // b, "b": b, "r": r, "w": layout.window_size}
+
+    return beside_sdpa("linformer_attention", "sdpa_attention", cases.check_attention, sizes)
+
+
+def both_ways() -> dict:
+    """Bidirectional attention alone, the same."""
+    from benchmarks import cases
+
+    return beside_sdpa("linformer_both_ways", "sdpa_both_ways", cases.check_both_ways, lambda _: {"k": cases.SLOTS})
+
+
+def beside_sdpa(ours: str, theirs: str, check: Callable[[int], float], sizes: Callable[[int], dict]) -> dict:
+    """A row for each n of two cases by name, and how time and memory grow from the last but one to the last."""
     from benchmarks import cases
 
     rows = []
     for tokens in ATTENTION_TOKENS:
-        error = cases.check_attention(min(tokens, 2048))
-        pair = {"linformer": cases.linformer_attention(tokens), "sdpa": cases.sdpa_attention(tokens)}
+        error = check(min(tokens, 2048))
+        pair = {"linformer": getattr(cases, ours)(tokens), "sdpa": getattr(cases, theirs)(tokens)}
         seconds = measure_together(pair, repeats=50, budget_s=20)
-        layout = cases.layout_for(tokens)
         rows.append(
             {
                 "n": tokens,
-                "k": layout.slots_per_block * tokens // layout.block_size,
-                "b": layout.block_size,
-                "r": layout.slots_per_block,
-                "w": layout.window_size,
+                **sizes(tokens),
                 "linformer_ms": [round(1e3 * value, 2) for value in seconds["linformer"]],
                 "sdpa_ms": [round(1e3 * value, 2) for value in seconds["sdpa"]],
                 "speedup": round(seconds["sdpa"][0] / seconds["linformer"][0], 2),
-                "linformer_MiB": round(peak_memory("linformer_attention", tokens) / 2**20, 1),
-                "sdpa_MiB": round(peak_memory("sdpa_attention", tokens) / 2**20, 1),
+                "linformer_MiB": round(peak_memory(ours, tokens) / 2**20, 1),
+                "sdpa_MiB": round(peak_memory(theirs, tokens) / 2**20, 1),
                 "relative_error": float(f"{error:.1e}"),
             }
         )
@@ -140,18 +156,21 @@ def table(theme: str, result: dict) -> str:
         f"Command: `python -m benchmarks.run {theme}`.",
         "",
     ]
-    if theme == "attention":
+    if theme in ("attention", "both_ways"):
+        names = [name for name in ("k", "b", "r", "w") if name in result["rows"][0]]
+        kind, rival = ("Attention", "SDPA causal") if theme == "attention" else ("Bidirectional attention", "SDPA")
         lines += [
-            "Attention alone, forward + backward, float32, batch 1, 8 heads of 64; medians in ms, quartiles in "
-            "brackets; peak memory in MiB beyond the process before the call, inputs and gradients included.",
+            f"{kind} alone, forward + backward, float32, batch 1, 8 heads of 64; medians in ms, quartiles in "
+            "brackets; peak memory in MiB beyond the process before the call, inputs and gradients included; the "
+            "largest relative error against float64.",
             "",
-            "| n | k, b, r, w | linpass ms | SDPA causal ms | speedup | linpass MiB | SDPA MiB | error to float64 |",
+            f"| n | {', '.join(names)} | linpass ms | {rival} ms | speedup | linpass MiB | SDPA MiB | error |",
             "|---|---|---|---|---|---|---|---|",
         ]
         for row in result["rows"]:
             ours, theirs = row["linformer_ms"], row["sdpa_ms"]
             lines.append(
-                f"| {row['n']} | {row['k']}, {row['b']}, {row['r']}, {row['w']} | {ours[0]} [{ours[1]}, {ours[2]}] "
+                f"| {row['n']} | {', '.join(str(row[name]) for name in names)} | {ours[0]} [{ours[1]}, {ours[2]}] "
                 f"| {theirs[0]} [{theirs[1]}, {theirs[2]}] | {row['speedup']} × | {row['linformer_MiB']} "
                 f"| {row['sdpa_MiB']} | {row['relative_error']} |"
             )
@@ -204,7 +223,7 @@ def write_results(theme: str, folder: Path) -> None:
     print(json.dumps(result))
 
 
-THEMES = {"attention": attention, "model": model}
+THEMES = {"attention": attention, "both_ways": both_ways, "model": model}
 
 
 if __name__ == "__main__":
