@@ -1,9 +1,11 @@
 """The encoder's attention, all queries over k slots that mix the whole row: its shapes, its rivals, and its gate.
 
-The functions are those that ``LinformerAttention`` uses where ``causal=False`` and ``projection="learned"``:
-``mix_sequence`` for keys and for values, then ``attend_slots``. Shapes have one block of all n tokens and no window.
+The function is the one that ``LinformerAttention`` uses where ``causal=False`` and ``projection="learned"``,
+``mix_sequence_and_attend``. Shapes have one block of all n tokens and no window. The cases with counts check
+``attend_slots``, which other projections use.
 """
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
 
@@ -73,23 +75,28 @@ def truth(query: Tensor, key: Tensor, value: Tensor, *weights: Tensor, counts: T
     return attend_visible(query, slot_key, slot_value, visible)[0]
 
 
+def from_weights(module: ModuleType) -> Callable[..., Tensor]:
+    """Mixing and attention of the module, with the arguments of :func:`truth`."""
+    attend = module.mix_sequence_and_attend
+
+    def forward(query, key, value, *weights):
+        return attend(query, key, value, tuple([weight.squeeze(1) for weight in weights]))
+
+    return forward
+
+
 def with_module(module: ModuleType):
     """Our attention: the kernels, or the PyTorch functions they replace."""
 
     def build(shape: cases.Shape, inputs: list[Tensor]) -> cases.Attention:
-        attend_slots = module.attend_slots
-
-        def forward(query, key, value, *weights):
-            return attend_slots(query, *mixed_slots(key, value, weights))
-
-        return cases.Attention(forward, inputs, cases.MIXED, truth)
+        return cases.Attention(from_weights(module), inputs, cases.MIXED, truth)
 
     return build
 
 
 def check(module: ModuleType, case: Case, device: torch.device, must_agree: bool = True) -> dict:
     """Errors against float64, numbers that are not finite, and whether three more runs agree to the bit."""
-    attend_slots, like = module.attend_slots, {"device": device, "dtype": case.dtype}
+    like = {"device": device, "dtype": case.dtype}
     leaves = [
         torch.randn(2, case.tokens, heads, case.dim, **like).transpose(1, 2)
         for heads in (case.heads, case.groups, case.groups)
@@ -99,8 +106,10 @@ def check(module: ModuleType, case: Case, device: torch.device, must_agree: bool
     weight = torch.randn(2, case.heads, case.tokens, case.dim, **like)
     counts = None if case.counts is None else torch.tensor(case.counts, device=device)
 
-    def forward(query, key, value, *weights):
-        return attend_slots(query, *mixed_slots(key, value, weights), counts)
+    def held(query, key, value, *weights):
+        return module.attend_slots(query, *mixed_slots(key, value, weights), counts)
+
+    forward = from_weights(module) if counts is None else held
 
     def exact(*leaves):
         return truth(*leaves, counts=counts)

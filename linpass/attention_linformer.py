@@ -253,16 +253,67 @@ def mixed_blocks(tokens: int, weight_XCPR: Tensor, block_BC: Tensor | None) -> i
 
 def mix_sequence(states_BGND: Tensor, weight_XNK: Tensor) -> Tensor:
     r"""K slots that mix a whole row, :math:`E^\top K` (paper, section 4), as [B, G, K, D]; padding is zero."""
-    batch, groups, tokens, dim = states_BGND.shape
-    tokens = min(tokens, weight_XNK.shape[1])  # columns past seq_length hold padding only
-    states_BGND, weight_XKN = states_BGND[:, :, :tokens], weight_XNK[:, :tokens].transpose(1, 2)
-    # Products of matrices in which neither the weights nor, as far as it goes, the states are copied.
-    if len(weight_XNK) == 1:
-        states = states_BGND.transpose(1, 2).flatten(2)  # a view of what a projection of hidden states gives
-        mixed = torch.bmm(weight_XKN.expand(batch, -1, -1), states)
-        return mixed.unflatten(-1, (groups, dim)).transpose(1, 2)
-    states = states_BGND.permute(1, 2, 0, 3).flatten(2)  # rows of the batch side by side: a copy, unless it is one
-    return torch.bmm(weight_XKN, states).unflatten(-1, (batch, dim)).permute(2, 0, 1, 3)
+    tokens = min(states_BGND.shape[2], weight_XNK.shape[1])  # columns past seq_length hold padding only
+    sets = weight_XNK.shape[0]
+    states = side_by_side(first_rows(states_BGND, tokens), sets)
+    mixed = torch.bmm(first_rows(weight_XNK, tokens).mT.expand(states.shape[0], -1, -1), states)
+    return heads_apart(mixed, states_BGND.shape, sets)
+
+
+def first_rows(matrices: Tensor, rows: int) -> Tensor:
+    """[..., rows or more, features] -> [..., rows, features]; a cut that cuts nothing off would still take its time."""
+    return matrices if matrices.shape[-2] == rows else matrices[..., :rows, :]
+
+
+def side_by_side(states_BGND: Tensor, sets: int) -> Tensor:
+    """Matrices for products with ``sets`` of mixing weights, in which the weights are not copied.
+
+    Returns: [B, N, G * D] for one set, a view of what a projection of hidden states gives; [G, N, B * D] for one set a
+    group, a copy, unless B is one.
+    """
+    return (states_BGND.transpose(1, 2) if sets == 1 else states_BGND.permute(1, 2, 0, 3)).flatten(2)
+
+
+def heads_apart(states: Tensor, shape: tuple[int, ...], sets: int) -> Tensor:
+    """What :func:`side_by_side` took, a view [B, G, rows, D]; ``shape``: of [B, G, any, D]."""
+    batch, groups, _, dim = shape
+    if sets == 1:
+        return states.unflatten(-1, (groups, dim)).transpose(1, 2)
+    return states.unflatten(-1, (batch, dim)).permute(2, 0, 1, 3)
+
+
+def mix_sequence_and_attend(
+    query_BHND: Tensor,
+    key_BGND: Tensor,
+    value_BGND: Tensor,
+    weights: tuple[Tensor, Tensor],
+    slot_angles: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Bidirectional Linformer attention from keys, values and mixing weights: slots, then :func:`attend_slots`.
+
+    Args:
+        query_BHND: queries, rotated where positions are rotary.
+        key_BGND: not rotated.
+        weights: mixing weights of keys and of values, [X, N, K] each, as :func:`mix_sequence` takes them.
+        slot_angles: cos and sin, [1, 1, K, D], that turn slot keys; None where positions are not rotary.
+    Returns: [B, H, N, D] in the dtype of the queries.
+    Cost: that of :func:`attend_slots` and O(B·G·N·K·D) for the mixing.
+    """
+    return attend_slots(query_BHND, *mix_sequences(key_BGND, value_BGND, weights, slot_angles))
+
+
+def mix_sequences(
+    key_BGND: Tensor,
+    value_BGND: Tensor,
+    weights: tuple[Tensor, Tensor],
+    slot_angles: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Slots of keys, turned, and of values, [B, G, K, D]: arguments as :func:`mix_sequence_and_attend` has them."""
+    slot_key, slot_value = (
+        mix_sequence(states, weight.to(states.dtype))
+        for states, weight in zip((key_BGND, value_BGND), weights, strict=True)
+    )
+    return slot_key if slot_angles is None else rotate(slot_key, slot_angles), slot_value
 
 
 def attend_slots(

@@ -150,6 +150,29 @@ def attend_slots(
     return _AttendSlots.apply(*tensors, count_B)
 
 
+def mix_sequence_and_attend(
+    query_BHND: Tensor,
+    key_BGND: Tensor,
+    value_BGND: Tensor,
+    weights: tuple[Tensor, Tensor],
+    slot_angles: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """:func:`attention_linformer.mix_sequence_and_attend`, fused where :func:`_fits`.
+
+    The mixing is products of matrices, in one node of the graph with attention: of short rows a GPU computes faster
+    than Python and autograd can name single operators.
+
+    Cost: that of :func:`attend_slots`, 2·B·G·K·D numbers for the slots, and B·N·K for the gradient of E or F.
+    Invariants: those of :func:`attend_slots`.
+    """
+    query, key, value, *weights = _one_dtype(query_BHND, key_BGND, value_BGND, *weights)
+    if not _fits((query, key, value), NO_BLOCKS):
+        return plain.mix_sequence_and_attend(query, key, value, weights, slot_angles)
+    if weights[0] is weights[1]:  # torch.compile wants every input of a function once
+        weights[1] = weights[1].view_as(weights[1])
+    return _MixSequenceAndAttend.apply(query, key, value, *weights, *(slot_angles or (None, None)))
+
+
 def attend_next_token(
     query_BH1D: Tensor,
     key_BG1D: Tensor,
@@ -450,6 +473,26 @@ class _AttendSlots(torch.autograd.Function):
         return grad_query, *grad_slots.transpose(2, 3).unbind(), None
 
 
+class _MixSequenceAndAttend(torch.autograd.Function):
+    """Keeps the inputs, the slots, the output and one number a query."""
+
+    @staticmethod
+    def forward(ctx: Any, query, key, value, key_weight, value_weight, cos, sin):
+        results = mix_sequence_and_attend_op(query, key, value, key_weight, value_weight, cos, sin)
+        ctx.save_for_backward(query, key, value, key_weight, value_weight, cos, sin, *results)
+        return results[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad):
+        needs_weight = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+        *states, grad_key_weight, grad_value_weight = mix_sequence_and_attend_backward_op(
+            grad, *ctx.saved_tensors, needs_weight
+        )
+        grad_weights = (grad_key_weight, grad_value_weight) if needs_weight else (None, None)
+        return *states, *grad_weights, None, None
+
+
 def _forward(query, key, value, slot_key, slot_value, first_block, layout, count=None):
     """Output and log2 of the softmax's denominators; without keys for queries that see all slots, or ``count``."""
     layout, causal = BlockLayout(*layout), key is not None
@@ -604,6 +647,66 @@ def _slots_backward(grad, query, slot_key, slot_value, count, output, logsumexp)
 def _slots_backward_shapes(grad, query, slot_key, slot_value, count, output, logsumexp):
     batch, groups, slots, dim = slot_key.shape
     return _like_tokens(query), query.new_empty(2, batch, slots, groups, dim)
+
+
+def _sequence_slots(key, value, key_weight, value_weight, cos, sin):
+    """On tensors without data too: the slots lie in memory as the products leave them."""
+    return plain.mix_sequences(key, value, (key_weight, value_weight), None if cos is None else (cos, sin))
+
+
+def _mix_sequence_and_attend(query, *mixed):
+    slots = _sequence_slots(*mixed)
+    return *_forward(query, None, None, *slots, None, NO_BLOCKS), *slots
+
+
+def _mix_sequence_and_attend_shapes(query, *mixed):
+    return *_forward_shapes(query), *_sequence_slots(*mixed)
+
+
+def _mix_sequence_and_attend_backward(
+    grad, query, key, value, key_weight, value_weight, cos, sin, output, logsumexp, slot_key, slot_value, needs_weight
+):
+    grad, query, slot_key, slot_value = _unit_rows(grad, query, slot_key, slot_value)
+    grad_query, _, (grad_slot_key, grad_slot_value), _ = _query_and_slot_gradients(
+        grad, query, None, None, slot_key, slot_value, None, output, logsumexp, NO_BLOCKS
+    )
+    if cos is not None:  # turned back: both halves of the features have the same angles
+        grad_slot_key = plain.rotate(grad_slot_key, (cos, -sin))
+    grad_key, grad_key_weight = _sequence_gradients(grad_slot_key, key, key_weight, needs_weight)
+    grad_value, grad_value_weight = _sequence_gradients(grad_slot_value, value, value_weight, needs_weight)
+    return grad_query, grad_key, grad_value, grad_key_weight, grad_value_weight
+
+
+def _sequence_gradients(
+    grad_slots: Tensor, states: Tensor, weight: Tensor, needs_weight: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the tokens and of the weights of ``mix_sequence``; zero where one has no row of the other."""
+    (sets, stored, _), tokens = weight.shape, states.shape[2]
+    both = min(stored, tokens)
+    grad = plain.side_by_side(grad_slots if grad_slots.dtype == states.dtype else grad_slots.to(states.dtype), sets)
+    product = torch.bmm(plain.first_rows(weight, both).expand(grad.shape[0], -1, -1), grad)
+    grad_states = plain.heads_apart(_with_rows(product, tokens), states.shape, sets)
+    if sets > 1:
+        grad_states = _like_tokens(states).copy_(grad_states)
+    if not needs_weight:
+        return grad_states, weight.new_empty(0)
+    grad_weight = torch.bmm(plain.side_by_side(plain.first_rows(states, both), sets), grad.mT)
+    if grad_weight.shape[0] > sets:  # one for every row of the batch; their sum is formed in float32
+        grad_weight = grad_weight.sum(0, keepdim=True)
+    return grad_states, _with_rows(grad_weight, stored)
+
+
+def _with_rows(matrices: Tensor, rows: int) -> Tensor:
+    """Zeros below, up to so many rows."""
+    missing = rows - matrices.shape[1]
+    return torch.nn.functional.pad(matrices, (0, 0, 0, missing)) if missing else matrices
+
+
+def _mix_sequence_and_attend_backward_shapes(
+    grad, query, key, value, key_weight, value_weight, cos, sin, output, logsumexp, slot_key, slot_value, needs_weight
+):
+    weights = (w.new_empty(w.shape if needs_weight else 0) for w in (key_weight, value_weight))
+    return *(_like_tokens(states) for states in (query, key, value)), *weights
 
 
 def _attend_next_token(
@@ -770,6 +873,7 @@ def _operators(**operators: tuple[str, Any, Any]) -> list[Any]:
 
 
 _SEEN = "Tensor query, Tensor key, Tensor value, Tensor slot_key, Tensor slot_value, Tensor? first_block"
+_MIXED_SEQUENCE = "Tensor key, Tensor value, Tensor key_weight, Tensor value_weight, Tensor? cos, Tensor? sin"
 _WEIGHTS = "Tensor key_weight, Tensor value_weight, Tensor? cos, Tensor? sin, Tensor? number"
 (
     attend_op,
@@ -778,6 +882,8 @@ _WEIGHTS = "Tensor key_weight, Tensor value_weight, Tensor? cos, Tensor? sin, Te
     mix_and_attend_backward_op,
     attend_slots_op,
     attend_slots_backward_op,
+    mix_sequence_and_attend_op,
+    mix_sequence_and_attend_backward_op,
     attend_next_token_op,
     rotary_angles_op,
 ) = _operators(
@@ -810,6 +916,17 @@ _WEIGHTS = "Tensor key_weight, Tensor value_weight, Tensor? cos, Tensor? sin, Te
         " Tensor logsumexp) -> (Tensor, Tensor)",
         _slots_backward,
         _slots_backward_shapes,
+    ),
+    mix_sequence_and_attend=(
+        f"(Tensor query, {_MIXED_SEQUENCE}) -> (Tensor, Tensor, Tensor, Tensor)",
+        _mix_sequence_and_attend,
+        _mix_sequence_and_attend_shapes,
+    ),
+    mix_sequence_and_attend_backward=(
+        f"(Tensor grad, Tensor query, {_MIXED_SEQUENCE}, Tensor output, Tensor logsumexp, Tensor slot_key,"
+        " Tensor slot_value, bool needs_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _mix_sequence_and_attend_backward,
+        _mix_sequence_and_attend_backward_shapes,
     ),
     attend_next_token=(
         "(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) slot_keys,"

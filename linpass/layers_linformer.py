@@ -22,6 +22,7 @@ from .attention_linformer import (
     mix_blocks,
     mix_keys_and_values,
     mix_sequence,
+    mix_sequences,
     pooling_weight,
     rotate,
     sequence_centres,
@@ -35,6 +36,7 @@ from .kernels_linformer import (
     attend_slots,
     mix_and_attend,
     mix_and_attend_with_slots,
+    mix_sequence_and_attend,
 )
 
 
@@ -245,10 +247,12 @@ class LinformerAttention(nn.Module):
                 visible = visible | (torch.arange(visible.shape[-1], device=visible.device) == 0)
             return self._through_interface(query, keys, value, visible, grid, is_causal=False)
         if self.config.projection == "learned":
-            key_weight, value_weight = weights
-            keys, values, count = mix_sequence(key, key_weight[:, 0]), mix_sequence(value, value_weight[:, 0]), None
-        else:
-            keys, values, count = self._mix_strides(key, value, weights, grid)
+            weights = tuple([weight.squeeze(1) for weight in weights])
+            if self.config._attn_implementation == "sdpa":
+                return mix_sequence_and_attend(query, key, value, weights, slot_angles), None
+            keys, values = mix_sequences(key, value, weights, slot_angles)
+            return self._through_interface(query, keys, values, None, grid, is_causal=False)
+        keys, values, count = self._mix_strides(key, value, weights, grid)
         keys = keys if slot_angles is None else rotate(keys, slot_angles)
         if self.config._attn_implementation == "sdpa":
             return attend_slots(query, keys, values, count), None

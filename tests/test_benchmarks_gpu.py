@@ -162,6 +162,17 @@ def attend_slots(query, key, value, count=None):
     return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=visible)
 
 
+@pytest.mark.parametrize("sets", [1, 2])
+def test_the_gate_of_slots_sees_a_row_that_is_mixed_with_the_wrong_weights(sets):
+    case = bidirectional.Case("tiny", 77, 10, dim=16, heads=4, groups=2, sets=sets)
+    assert bidirectional.check(attention_linformer, case, CPU)["passed"]
+
+    def swapped(query, key, value, weights):
+        return attention_linformer.mix_sequence_and_attend(query, key, value, weights[::-1])
+
+    assert not bidirectional.check(SimpleNamespace(mix_sequence_and_attend=swapped), case, CPU)["passed"]
+
+
 SMALL_SLOTS = bidirectional.Case("tiny", 77, 10, dim=16, heads=4, groups=2, sets=2, counts=(10, 3))
 
 

@@ -372,6 +372,31 @@ def test_attention_over_slots_compiles_into_one_graph(counted, dynamic, device):
 
 
 @compiles
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("how", ["E is F", "rotary", "sets"])
+def test_mixing_a_row_and_attention_compile_into_one_graph(how, dynamic, device):
+    """Rows shorter and longer than the weights."""
+    torch.compiler.reset()
+    ours = kernels_linformer.mix_sequence_and_attend
+    compiled = torch.compile(ours, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    size = (2 if how == "sets" else 1, 512, 128)
+    weights = [(torch.randn(*size, device=device) / 16).bfloat16().requires_grad_() for _ in range(2)]
+    weights = weights[:1] if how == "E is F" else weights
+    angles = None
+    if how == "rotary":
+        position = attention_linformer.sequence_centres(512, 128, device)
+        angles = attention_linformer.rotary_angles(position, 64, 1e4, torch.bfloat16)
+    for tokens in (300, 411, 1000):
+        states = [torch.randn(2, tokens, heads, 64, device=device).bfloat16().transpose(1, 2) for heads in (8, 2, 2)]
+        leaves = [*(tensor.requires_grad_() for tensor in states), *weights]
+        runs = []
+        for attend in (ours, compiled):
+            output = attend(*states, (weights[0], weights[-1]), angles)
+            runs.append([output, *torch.autograd.grad(output, leaves, torch.ones_like(output))])
+        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@compiles
 @pytest.mark.parametrize("projection", ["learned", "pooling"])
 def test_the_encoder_compiles_into_one_graph(projection, device):
     torch.compiler.reset()
@@ -426,7 +451,11 @@ def test_the_operators_keep_their_promises(position_embedding, how, device, monk
     for count in (None, torch.tensor([100, 7], device=device)):
         leaves = [tensor.detach().requires_grad_() for tensor in (query, *slots)]
         kernels_linformer.attend_slots(*leaves, count).sum().backward()
-    assert len(names) == 6
+    row = [torch.randn(2, 300, heads, 64, device=device).bfloat16().transpose(1, 2) for heads in (8, 2, 2)]
+    weights = [(torch.rand(1, 512, 100, device=device) / 300).bfloat16() for _ in range(2)]
+    leaves = [tensor.requires_grad_() for tensor in (*row, *weights)]
+    kernels_linformer.mix_sequence_and_attend(*leaves[:3], leaves[3:]).sum().backward()
+    assert len(names) == 8
     assert calls.keys() == names
     for operator, arguments in calls.values():
         torch.library.opcheck(operator, tuple(arguments), test_utils=("test_schema", "test_faketensor"))

@@ -13,7 +13,8 @@ import reference
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tolerances import GRADIENT, VALUE, relative_error
+from tolerances import GRADIENT, ORACLE, VALUE, relative_error
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import linpass.kernels_linformer
 from linpass import LinformerConfig, LinformerForCausalLM, LinformerForMaskedLM, attention_linformer
@@ -27,6 +28,7 @@ from linpass.attention_linformer import (
     pooling_weight,
     rotary_angles,
     rotate,
+    sequence_centres,
     slot_centres,
 )
 
@@ -924,6 +926,238 @@ def test_slots_that_no_kernel_takes(case, kernels, launches):
     expected = gradients_by_name(over_slots(oracle_over_slots, case, truths, count), truths, gradient.double())
     assert_within_the_table(case.dtype, got["output"], got, expected.pop("output"), expected)
     assert not launches
+
+
+@dataclass(frozen=True)
+class Row:
+    """One call of `mix_sequence_and_attend`. Queries and slots take two tiles each."""
+
+    tokens: int = 50
+    stored: int = 60  # rows of E and F
+    slots: int = 40
+    dtype: torch.dtype = torch.float32
+    batch: int = 2
+    heads: int = 2
+    groups: int = 1
+    dim: int = 16
+    per_group: bool = False  # every group has weights of its own
+    one_weight: bool = False  # E is F
+    weight_dtype: torch.dtype | None = None
+    rotary: bool = True
+    memory: str = "tokens first"
+    parts: int = 0
+
+
+def row(**changes):
+    return pytest.param(Row(**changes), id=name(changes))
+
+
+def real_row(**changes):
+    fields = {"tokens": 333, "stored": 512, "slots": 128, "dtype": torch.bfloat16, "heads": 4, "groups": 2, "dim": 64}
+    return pytest.param(Row(**fields | changes), id="real-" + name(changes), marks=pytest.mark.gpu)
+
+
+def make_row(case):
+    """Leaves by name, and cos and sin of the slots."""
+    order, leaves = MEMORY.get(case.memory, MEMORY["tokens first"]), {}
+    for part, heads in (("query", case.heads), ("key", case.groups), ("value", case.groups)):
+        shape = (case.batch, heads, case.tokens, case.dim)
+        leaves[part] = uniform(case, *(shape[i] for i in order)).requires_grad_()
+    for part in ("E",) if case.one_weight else ("E", "F"):
+        weight = uniform(case, case.groups if case.per_group else 1, case.stored, case.slots) / case.tokens**0.5
+        leaves[part] = weight.to(case.weight_dtype or case.dtype).requires_grad_()
+    if not case.rotary:
+        return leaves, None
+    return leaves, rotary_angles(sequence_centres(case.stored, case.slots, DEVICE), case.dim, 1e4, case.dtype)
+
+
+def over_row(attend, case, leaves, angles):
+    order = MEMORY.get(case.memory, MEMORY["tokens first"])
+    states = (leaves[part].permute([order.index(i) for i in range(4)]) for part in ("query", "key", "value"))
+    return attend(*states, (leaves["E"], leaves.get("F", leaves["E"])), angles)
+
+
+def oracle_over_row(query, key, value, weights, angles):
+    both = min(key.shape[2], weights[0].shape[1])
+    slot_key, slot_value = (
+        weight[:, :both].transpose(1, 2).to(states.dtype) @ states[:, :, :both]
+        for states, weight in zip((key, value), weights, strict=True)
+    )
+    return attend_visible(query, slot_key if angles is None else rotate(slot_key, angles), slot_value)[0]
+
+
+def check_row(kernels, case):
+    leaves, angles = make_row(case)
+    truths = {part: leaf.detach().double().requires_grad_() for part, leaf in leaves.items()}
+    gradient = output_gradient(case)
+    got = gradients_by_name(over_row(kernels.mix_sequence_and_attend, case, leaves, angles), leaves, gradient)
+    angles = angles and tuple(part.double() for part in angles)
+    expected = gradients_by_name(over_row(oracle_over_row, case, truths, angles), truths, gradient.double())
+    for part, leaf in leaves.items():
+        assert got[part].dtype == leaf.dtype, part
+    assert_within_the_table(case.dtype, got["output"], got, expected.pop("output"), expected)
+    return got
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        row(),
+        row(dtype=torch.float16),
+        row(per_group=True, groups=2, heads=4),
+        row(per_group=True, groups=2, dtype=torch.float16, one_weight=True),
+        row(rotary=False),
+        row(rotary=False, per_group=True, groups=2, batch=1),
+        row(one_weight=True, groups=2, slots=8),
+        row(one_weight=True, batch=1, rotary=False),
+        *(row(tokens=tokens, batch=1) for tokens in (1, 7, 60)),
+        row(tokens=63),
+        row(tokens=61, per_group=True, groups=2, one_weight=True),
+        *(row(slots=slots) for slots in (2, 33)),
+        row(dim=24, batch=1),
+        row(parts=3, tokens=100, dtype=torch.float16),
+        row(dtype=torch.float16, weight_dtype=torch.float32),
+        *(row(memory=memory, groups=2, batch=1) for memory in ("heads first", "features first", "expanded gradient")),
+        row(memory="features first", per_group=True, groups=2),
+        real_row(),
+        real_row(dtype=torch.float16),
+        real_row(dtype=torch.float32),
+        *(real_row(per_group=True, tokens=tokens) for tokens in (333, 513, 5000)),
+        *(real_row(tokens=tokens) for tokens in (1, 7, 512, 513, 5000)),
+        *(real_row(slots=slots, rotary=False) for slots in (2, 63, 100, 512)),
+        *(real_row(dim=dim) for dim in (32, 48, 128, 256)),
+        real_row(one_weight=True, batch=1),
+        real_row(weight_dtype=torch.float32),
+        *(real_row(memory=memory) for memory in ("heads first", "features first", "expanded gradient")),
+    ],
+)
+def test_mixing_a_row_and_attention_are_within_the_table(case, kernels, launches, monkeypatch):
+    """Gradients of keys and values lie in memory as their projections want them, whatever the weights."""
+    if case.parts:
+        monkeypatch.setattr(kernels, "_fold_parts", lambda *_: case.parts)
+    got = check_row(kernels, case)
+    assert launches == ["forward_kernel", "query_gradient_kernel", "slot_gradient_kernel"]
+    if case.memory == "tokens first":
+        assert all(got[part].is_contiguous() for part in ("query", "key", "value"))
+        for part in ("key", "value"):
+            assert not got[part][:, case.stored :].any()
+    for part in {"E", "F"} & got.keys():
+        assert not got[part][:, case.tokens :].any()
+
+
+@pytest.mark.parametrize("case", [row(dtype=torch.float64), row(dim=8, per_group=True), row(dim=300, tokens=5)])
+def test_rows_that_no_kernel_takes(case, kernels, launches):
+    check_row(kernels, case)
+    assert not launches
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        row(tokens=20, slots=8),
+        row(tokens=20, slots=8, per_group=True, groups=2),
+        real_row(),
+        real_row(per_group=True),
+        real_row(tokens=9000),
+    ],
+)
+def test_weights_that_are_fixed_change_no_other_gradient(case, kernels, poisoned_memory):
+    """Nor do further runs, nor NaN in memory to begin with: the same bits."""
+    leaves, angles = make_row(case)
+    gradient = output_gradient(case)
+    fixed = leaves | {part: leaves[part].detach() for part in ("E", "F")}
+    states = {part: leaves[part] for part in ("query", "key", "value")}
+    first, *others = (
+        gradients_by_name(over_row(kernels.mix_sequence_and_attend, case, leaves, angles), leaves, gradient)
+        for _ in range(RUNS)
+    )
+    others.append(gradients_by_name(over_row(kernels.mix_sequence_and_attend, case, fixed, angles), states, gradient))
+    assert others[-1].keys() < first.keys()
+    for again in others:
+        for part, found in again.items():
+            assert found.isfinite().all(), part
+            assert torch.equal(found, first[part]), part
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", [real_row(dtype=torch.float32), real_row(dtype=torch.float32, per_group=True)])
+def test_a_row_under_autocast(case, dtype, kernels, launches):
+    """Products in the low precision; gradients in float32, within the table of the low one."""
+    leaves, angles = make_row(case)
+    truths = {part: leaf.detach().double().requires_grad_() for part, leaf in leaves.items()}
+    gradient = output_gradient(case).to(dtype)
+    with torch.autocast(DEVICE.type, dtype):
+        output = over_row(kernels.mix_sequence_and_attend, case, leaves, angles)
+    got = gradients_by_name(output, leaves, gradient)
+    assert {got[part].dtype for part in leaves} == {torch.float32}
+    angles = tuple(part.double() for part in angles)
+    expected = gradients_by_name(over_row(oracle_over_row, case, truths, angles), truths, gradient.double())
+    assert_within_the_table(dtype, output, got, expected.pop("output"), expected)
+    assert launches == ["forward_kernel", "query_gradient_kernel", "slot_gradient_kernel"]
+
+
+def test_the_opposite_angles_turn_a_gradient_back():
+    states = torch.randn(2, 3, 5, 8, dtype=torch.float64, requires_grad=True)
+    cos, sin = rotary_angles(torch.arange(5)[None] + 0.5, 8, 1e4, torch.float64)
+    gradient = torch.randn_like(states)
+    (wanted,) = torch.autograd.grad(rotate(states, (cos, sin)), states, gradient)
+    torch.testing.assert_close(rotate(gradient, (cos, -sin)), wanted, rtol=0, atol=ORACLE)
+
+
+class Dispatches(TorchDispatchMode):
+    """Names of the operators that a caller calls and waits for, one after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.names.append(str(operator))
+        return operator(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("per_group", [False, True])
+def test_mixing_a_row_and_attention_are_one_call_each_way(per_group, kernels):
+    """Of a short row the caller's time is the time of a step."""
+    case = Row(tokens=20, slots=8, groups=2, per_group=per_group)
+    leaves, angles = make_row(case)
+    with Dispatches() as calls:
+        output = kernels.mix_sequence_and_attend(
+            *(leaves[part].transpose(1, 2) for part in ("query", "key", "value")), (leaves["E"], leaves["F"]), angles
+        )
+        torch.autograd.grad(output, list(leaves.values()), torch.ones_like(output))
+    ours = [call for call in calls.names if call.startswith("linpass")]
+    assert ours == [f"{kernels.mix_sequence_and_attend_op}", f"{kernels.mix_sequence_and_attend_backward_op}"]
+    views = {"aten.transpose.int", "aten.detach.default", "aten.ones_like.default"}
+    assert set(calls.names) <= views | set(ours)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        row(tokens=7, stored=9, slots=3, groups=2),
+        row(tokens=7, stored=9, slots=3, rotary=False, dtype=torch.float16),
+        row(tokens=7, stored=9, slots=3, groups=2, per_group=True),
+        row(tokens=9, stored=7, slots=3, groups=2, per_group=True, batch=1, rotary=False),
+        row(tokens=9, stored=7, slots=3, memory="features first"),
+        real_row(),
+        real_row(per_group=True),
+    ],
+)
+def test_the_operators_of_a_row_keep_their_promises(case, kernels):
+    """Schema, and shapes, dtypes and strides that torch.compile is told."""
+    leaves, angles = make_row(case)
+    leaves = {part: leaf.detach() for part, leaf in leaves.items()}
+    order = MEMORY.get(case.memory, MEMORY["tokens first"])
+    states = [leaves[part].permute([order.index(i) for i in range(4)]) for part in ("query", "key", "value")]
+    arguments = (*states, leaves["E"], leaves["F"], *(angles or (None, None)))
+    tests = {"test_utils": ("test_schema", "test_faketensor")}
+    torch.library.opcheck(kernels.mix_sequence_and_attend_op, arguments, **tests)
+    results = kernels.mix_sequence_and_attend_op(*arguments)
+    for needs_weight in (True, False):
+        backward = (output_gradient(case), *arguments, *results, needs_weight)
+        torch.library.opcheck(kernels.mix_sequence_and_attend_backward_op, backward, **tests)
 
 
 def encoder_call(projection, **changes):
