@@ -94,7 +94,7 @@ def load_model(
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-        model, loaded = AutoModelForCausalLM.from_pretrained(
+        model, loaded = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             name, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, output_loading_info=True
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -114,7 +114,8 @@ def load_model(
 @torch.no_grad()
 def is_causal(model: PreTrainedModel) -> bool:
     """False where another last token changes what the model says before it."""
-    vocabulary, tokens = len(model.get_input_embeddings().weight), min(8, most_tokens(model.config) or 8)
+    embeddings: Any = model.get_input_embeddings()
+    vocabulary, tokens = len(embeddings.weight), min(8, most_tokens(model.config) or 8)
     ids = torch.arange(tokens, device=model.device).repeat(2, 1)
     ids[1, -1] += 1
     ids %= vocabulary

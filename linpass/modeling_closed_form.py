@@ -43,7 +43,7 @@ class ClosedFormForSequenceClassification(PreTrainedModel):
     def __init__(self, config: ClosedFormConfig, encoder: PreTrainedModel | None = None):
         """``encoder``: one that exists; see :meth:`from_encoder`."""
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels: int = config.num_labels
         if encoder is None:
             encoder = _build_encoder(config)
         else:

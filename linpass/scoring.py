@@ -130,10 +130,10 @@ def token_losses(model: PreTrainedModel) -> Callable[[Tensor, Tensor], Tensor]:
             rows = zip(logits_BTV, targets_BT, strict=True)
             return torch.stack([F.cross_entropy(_wide(row), target, reduction="none") for row, target in rows])
         hidden_BTD = model.base_model(input_ids=inputs_BT, use_cache=False, **mask).last_hidden_state
-        weight_VD = model.get_output_embeddings().weight
+        head: Any = model.get_output_embeddings()
         # PyTorch's own chunked operation would round each loss to half precision.
         return linear_cross_entropy(
-            hidden_BTD.flatten(0, 1), weight_VD, targets_BT.flatten(), reduction="none", implementation="checkpoint"
+            hidden_BTD.flatten(0, 1), head.weight, targets_BT.flatten(), reduction="none", implementation="checkpoint"
         ).view_as(targets_BT)
 
     return predict

@@ -60,7 +60,7 @@ def card_text(
         dataset: how the data sets are called; ``dataset_tags``: their names on the Hub; ``dataset_args``: their
             configurations.
     """
-    name = one_line(model_name or Path(trainer.args.output_dir).resolve().name)
+    name = one_line(model_name or Path(str(trainer.args.output_dir)).resolve().name)
     known, on_hub = _known_datasets(trainer)
     on_hub = _listed(dataset_tags) or on_hub
     data = _listed(dataset) or _listed(dataset_tags) or on_hub or known
@@ -118,8 +118,8 @@ def base_model_of(model: Any) -> str | None:
 
 def fit_rows(trainer: "SinglePassTrainer") -> dict[str, Any]:
     """Rows of a table: what a repetition needs."""
-    model, arguments, head = trainer.model, trainer.args, find_head(trainer.model)[1]  # type: ignore[arg-type]
-    encoder = model.base_model  # type: ignore[union-attr]
+    model, arguments, head = trainer.model, trainer.args, find_head(trainer.model)[1]
+    encoder: Any = model.base_model
     own = isinstance(model, ClosedFormForSequenceClassification)
     parameters = sum(parameter.numel() for parameter in encoder.parameters())
     rows: dict[str, Any] = {

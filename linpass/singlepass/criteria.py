@@ -78,7 +78,7 @@ def _held_out_error(train: Spectrum, fold: RidgeStatistics, grid_L: Tensor) -> T
 
 
 def leave_one_out_errors(
-    spectrum: Spectrum, features_ND: Tensor, targets: Tensor, weights_N: Tensor | None, grid: Iterable[float]
+    spectrum: Spectrum, features_ND: Tensor, targets: Tensor, weights_N: Tensor | None, grid: Iterable[float | Tensor]
 ) -> Iterator[Tensor]:
     r"""Per lambda, what the fit to all *other* rows misses of each row [N, C]; it predicts ``targets - errors``.
 

@@ -93,7 +93,7 @@ def _estimated(
         return logistic_regression(*looked_at, arguments.regularization * share, rows["weights_N"])
     solution = _ridge(collection, statistics, arguments, intercept)
     if estimator == "discriminant":
-        return discriminant(statistics, solution.regularization)
+        return discriminant(statistics, solution.regularization)  # pyright: ignore[reportArgumentType]
     return solution
 
 

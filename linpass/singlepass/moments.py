@@ -6,6 +6,7 @@ Shape suffixes: N rows, D features, C targets.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,8 +108,10 @@ class CentredMoments:
         else:
             target_mean_C = share_N @ targets
             target_scatter_C = weight * (share_N @ targets.sub_(target_mean_C).square())
-        peak = None if weights_N is None else weights_N.amax().clamp(min=TINY)
-        root_N1 = None if weights_N is None else (weights_N / peak).sqrt_()[:, None]
+        peak = root_N1 = None
+        if weights_N is not None:
+            peak = weights_N.amax().clamp(min=TINY)
+            root_N1 = (weights_N / peak).sqrt_()[:, None]
         deviations_ND = self._deviations(rows_ND, offset_D, root_N1)
         with full_float32(rows_ND.device):
             _accumulate(self.scatter_DD, deviations_ND.T @ deviations_ND, peak)
@@ -210,7 +213,8 @@ def full_float32(device: torch.device) -> Iterator[None]:
 
     TF32 alone would cost an error of 2e-4. The settings are the process's, so another thread sees them change.
     """
-    setting = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+    backends: Any = torch.backends
+    setting = (backends.cuda if device.type == "cuda" else backends.mkldnn).matmul
     before = setting.fp32_precision
     lowered = before in ("tf32", "bf16")
     if lowered:

@@ -64,7 +64,7 @@ def save_pass(trainer: "SinglePassTrainer", reader: RowReader) -> None:
     if trainer.is_world_process_zero():
         assert collection is not None
         assert task is not None
-        output = Path(trainer.args.output_dir)
+        output = Path(str(trainer.args.output_dir))
         clean_up(output)
         try:
             _write(trainer, collection, task, output, with_model=done)
@@ -208,7 +208,7 @@ def identity_of_sums(trainer: "SinglePassTrainer", fitted: bool = False) -> dict
         batch = arguments.train_batch_size * arguments.gradient_accumulation_steps
         training |= {"batch": batch, "learning_rate": arguments.learning_rate}
         training |= {"weight_decay": arguments.weight_decay, "momentum": arguments.momentum}
-    head: Any = find_head(trainer.model)[1]  # type: ignore[arg-type]
+    head = find_head(trainer.model)[1]
     fingerprint = features_fingerprint(trainer.model, fitted and arguments.streamed)
     data = {"labels": head.out_features, "features": fingerprint}
     return {"model": {}, "training": training, "data": data}
@@ -231,8 +231,8 @@ def features_fingerprint(model: Any, fitted: bool = False) -> str:
 
 
 def _task(trainer: "SinglePassTrainer", described: dict[str, Any]) -> Task:
-    trainer.model.config.problem_type = trainer.model.config.problem_type or described["kind"]  # type: ignore[union-attr]
-    return task_of(trainer.model, described["num_targets"], torch.empty(0))  # type: ignore[arg-type]
+    trainer.model.config.problem_type = trainer.model.config.problem_type or described["kind"]
+    return task_of(trainer.model, described["num_targets"], torch.empty(0))
 
 
 def _flat(state: dict[str, Any], prefix: str = "") -> dict[str, Tensor]:

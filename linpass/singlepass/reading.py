@@ -139,7 +139,7 @@ class RowReader:
         waiting, self._waiting = self._waiting, []
         mine = [None if rows is None else rows.features_ND.cpu() for rows in waiting]
         shares = [mine] if self.arguments.world_size == 1 else _gather(mine)
-        in_order = [share[step] for step in range(len(mine)) for share in shares if share[step] is not None]
+        in_order = [rows for step in range(len(mine)) for share in shares if (rows := share[step]) is not None]
         if not in_order:
             raise InputError("train_dataset must hold at least one row with a label, got none")
         device = self.model.classifier.weight.device

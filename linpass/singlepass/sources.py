@@ -5,6 +5,7 @@ Shapes: B rows, T tokens, D features, N rows.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,10 +108,11 @@ def load_encoder(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[list[int]]:
     """The token ids of each text, with the special tokens that the encoder expects, at most ``max_length``."""
-    encoded = tokenizer(
+    pad: Any = tokenizer.pad_token_id
+    encoded: Any = tokenizer(
         list(texts), truncation=True, max_length=max_length, return_attention_mask=False, split_special_tokens=True
     )["input_ids"]
-    return [ids or [tokenizer.pad_token_id] for ids in encoded]  # a text without any token: features of one
+    return [ids or [pad] for ids in encoded]  # a text without any token: features of one
 
 
 def row_length(model: PreTrainedModel, max_length: int) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import TrainOutput, speed_metrics
 from transformers.utils import logging
@@ -66,6 +66,7 @@ class SinglePassTrainer(Trainer):
     """
 
     args: SinglePassArguments
+    model: PreTrainedModel
 
     def __init__(self, model: Any = None, args: SinglePassArguments | None = None, *arguments: Any, **keywords: Any):
         args = SinglePassArguments("tmp_trainer") if args is None else args
@@ -194,7 +195,7 @@ class SinglePassTrainer(Trainer):
     def create_model_card(self, **facts: Any) -> None:  # type: ignore[override]
         """Write ``README.md`` into ``output_dir``; ``facts`` are the arguments of ``Trainer.create_model_card``."""
         if self.is_world_process_zero():
-            write_card(self.args.output_dir, self, **facts)
+            write_card(str(self.args.output_dir), self, **facts)
 
     # --- The pass, in the place of the optimizer's loop -------------------------------------------------------------
 
@@ -245,7 +246,8 @@ class SinglePassTrainer(Trainer):
 
     def _begin_state(self, batch_size: int) -> None:
         callbacks = [*self.callback_handler.callbacks, self.control]
-        self.state = TrainerState(stateful_callbacks=[c for c in callbacks if isinstance(c, ExportableState)])
+        stateful: Any = [c for c in callbacks if isinstance(c, ExportableState)]
+        self.state = TrainerState(stateful_callbacks=stateful)
         self.state.train_batch_size = batch_size
         self.state.num_train_epochs = 1
         self.state.is_local_process_zero = self.is_local_process_zero()
@@ -377,13 +379,13 @@ class SinglePassTrainer(Trainer):
         """Solve, and write the solution into the head."""
         assert self.collection is not None
         if self.args.streamed:
-            head = find_head(self.model)[1]  # type: ignore[arg-type]
+            head = find_head(self.model)[1]
             fit = fit_head(self.collection, self.args, head.bias is not None)
             write_head(self.model, head, fit.solution, fit.temperature)
         else:
             fit = fit_kernel_head(self.model, self.collection, self.args)  # type: ignore[arg-type]
         if self.task is not None and not self.task.every_token:
-            self.model.config.problem_type = self.task.kind  # type: ignore[union-attr]
+            self.model.config.problem_type = self.task.kind  # pyright: ignore[reportAttributeAccessIssue]
         self.solution, self.temperature, self.loss = fit.solution, fit.temperature, fit.loss
 
     def _described(self) -> dict[str, Any]:
@@ -403,7 +405,8 @@ class SinglePassTrainer(Trainer):
         if self.args.world_size == 1:
             return requested
         asked = torch.tensor(float(requested), device=self.args.device)
-        return bool(self.accelerator.reduce(asked, reduction="sum") > 0)
+        count: Any = self.accelerator.reduce(asked, reduction="sum")
+        return bool(count > 0)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Nothing: the encoder is the one that was given, and the head comes from the sums."""

@@ -154,7 +154,7 @@ class SampleTextCallback(TrainerCallback):
         self.samples = None if output_path is None else RunLog(_file("output_path", output_path))
         self.is_skipped = False
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+    def on_train_begin(self, args, state, control, model: Any = None, **kwargs) -> None:
         if not hasattr(model, "generate"):
             raise InputError(f"SampleTextCallback needs a model that can generate; {type(model).__name__} cannot")
         self._new_tokens(model, self._encode())
@@ -211,8 +211,8 @@ class SampleTextCallback(TrainerCallback):
                 },
             )
         ends = model.generation_config.eos_token_id
-        texts = (_until(ends, row[longest:].tolist()) for row in output)
-        return [self.tokenizer.decode(text, skip_special_tokens=True) for text in texts]
+        decode: Any = self.tokenizer.decode  # of one row: one text
+        return [decode(_until(ends, row[longest:].tolist()), skip_special_tokens=True) for row in output]
 
 
 class ThroughputCallback(TrainerCallback):

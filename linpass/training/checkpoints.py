@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from linpass.errors import InputError

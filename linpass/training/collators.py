@@ -95,10 +95,11 @@ class DynamicChunkingCollator(TrainerCallback):
             raise InputError("objective='masked' needs a tokenizer with a mask_token")
         if packing and objective == "masked":
             raise InputError("packing=True must be False with objective='masked': an encoder sees the whole row")
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         if pad is None:
             raise InputError("the tokenizer must have a pad_token or an eos_token")
-        self.pad_token_id, self.mask_token_id = int(pad), tokenizer.mask_token_id
+        self.pad_token_id = int(pad)
+        self.mask_token_id: Any = tokenizer.mask_token_id  # None only where nothing is masked
         self.special_ids = np.array(sorted(set(tokenizer.all_special_ids)))
         self.vocab_size = len(tokenizer)
         self.seq_length, self.objective, self.noise_target = seq_length, objective, noise_target

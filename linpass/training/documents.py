@@ -302,6 +302,7 @@ def open_dataset(
 
 def _load_rows(spec: str, path: str, configuration: str | None, split: str, streaming: bool) -> Any:
     import datasets
+    from datasets.exceptions import DatasetNotFoundError
 
     if Path(path).is_file():
         raise InputError(f"datasets={spec!r} is a file; use --text_files for files")
@@ -309,7 +310,7 @@ def _load_rows(spec: str, path: str, configuration: str | None, split: str, stre
     for revision in revisions:
         try:
             return datasets.load_dataset(path, configuration, split=split, streaming=streaming, revision=revision)
-        except datasets.exceptions.DatasetNotFoundError as error:
+        except DatasetNotFoundError as error:
             raise InputError(f"datasets={spec!r} is no data set that can be read on the Hub: {_line(error)}") from error
         except ConnectionError as error:
             raise InputError(f"datasets={spec!r} could not be reached, is there a network? {_line(error)}") from error

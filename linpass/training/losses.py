@@ -5,8 +5,9 @@ Shapes: N tokens, D features of a hidden state, V ids of the vocabulary.
 
 import functools
 import inspect
+from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +25,17 @@ HALF = (torch.bfloat16, torch.float16)
 # GPUs of 2018, at a third of the speed on an H200.
 ALIGNED_IDS, NEVER = 64, -1e30
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _not_compiled(function: Function) -> Function:
+    """``torch.compiler.disable``, whose own annotations lose the function's."""
+    disabled: Any = torch.compiler.disable(function)
+    return disabled
+
 
 # A compiler that traced into this would be free to keep every chunk; a graph break is the price of small memory.
-@torch.compiler.disable
+@_not_compiled
 def linear_cross_entropy(
     hidden_ND: Tensor,
     weight_VD: Tensor,
@@ -252,16 +261,17 @@ class LogitsFreeForward:
         inputs.pop("logits_to_keep", None)  # there are none to keep
         return self._output(self.model.base_model(**inputs, return_dict=True), labels, *loss_inputs)
 
-    @torch.compiler.disable  # the layers are compiled; here the loss breaks the graph anyhow
+    @_not_compiled  # the layers are compiled; here the loss breaks the graph anyhow
     def _output(self, outputs, labels, shift_labels, items, return_dict) -> Any:
         if self.masked:
             target = labels
         else:
             target = F.pad(labels, (0, 1), value=-100)[..., 1:] if shift_labels is None else shift_labels
         hidden = outputs.last_hidden_state
-        loss = linear_cross_entropy(
+        head: Any = self.model.get_output_embeddings()
+        loss: Any = linear_cross_entropy(
             hidden.flatten(0, -2),
-            self.model.get_output_embeddings().weight,
+            head.weight,
             target.flatten().to(hidden.device),
             reduction="mean" if items is None else "sum",
             label_smoothing=self.label_smoothing,

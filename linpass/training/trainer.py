@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, StateDictType
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import speed_metrics
 
 from linpass.training.checkpoints import CrashSafeTrainer
@@ -37,6 +37,10 @@ class LanguageModelTrainer(CrashSafeTrainer):
         corpus: [D], number of each training document's corpus.
         mixing_weights: [corpora], share of each in the tokens of an epoch; None: as it is.
     """
+
+    model: PreTrainedModel
+    model_wrapped: nn.Module
+    processing_class: PreTrainedTokenizerBase
 
     def __init__(
         self,
@@ -102,7 +106,8 @@ class LanguageModelTrainer(CrashSafeTrainer):
                 loss = model(**self._model_inputs(batch), num_items_in_batch=torch.tensor(1.0))["loss"]
             totals += torch.stack((loss.double(), self._scored(batch["labels"]).double()))
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        total, tokens = self.accelerator.reduce(totals, reduction="sum").tolist()
+        sums: Any = self.accelerator.reduce(totals, reduction="sum")
+        total, tokens = sums.tolist()
         model.train(was_training)
         loss = total / max(tokens, 1)
         metrics: dict[str, float] = {
