@@ -41,7 +41,7 @@ def newest(theme: str) -> dict | None:
 
 
 def draw_training(path: Path, result: dict) -> None:
-    """Tokens per second of an optimizer step, each model in its faster mode, by n."""
+    """Tokens per second of an optimizer step, each model in its faster mode of those measured, by n."""
     fastest: dict[tuple[int, str], dict] = {}
     for row in (row for row in result["training"] if "ms" in row):
         key = row["n"], row["variant"]
@@ -64,7 +64,9 @@ def draw_training(path: Path, result: dict) -> None:
     axes.set_ylabel("thousand tokens/s")
     axes.grid(alpha=0.3, axis="y")
     figure.legend(loc="outside lower center", ncols=len(names), frameon=False, fontsize=8, handlelength=3)
-    _title(figure, result, "Training, an optimizer step, each model in its faster mode")
+    modes = {row["mode"] for row in fastest.values()}
+    how = f"all models {modes.pop()}" if len(modes) == 1 else "each model in its faster mode"
+    _title(figure, result, f"Training, an optimizer step, {how}")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

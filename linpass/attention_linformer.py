@@ -36,7 +36,7 @@ CHUNK_FUSED, CHUNKS_IN_VIEW = 256, 4
 KEY_TILE = 128
 # Most slots and window tokens of a fused call: its mask then takes up to 10 KiB a token and layer, in half precision.
 WIDEST_FUSED = 4096
-# Characters of an assertion on an accelerator.
+# Characters of an assertion on an accelerator: CUDA refuses more.
 LONGEST_ASSERTION = 254
 
 

@@ -278,7 +278,8 @@ def _one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple([tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors])
 
 
-# Tiles that were the fastest on an H200 (docs/speed.md), by kernel and padded head dimension, in half precision.
+# Tiles by kernel and padded head dimension, in half precision: to 128 those that were the fastest for causal attention
+# on an H200 (docs/speed.md), beyond those that fit into its registers.
 TILES = {
     ("forward", 64): Tile(64, 64, 4, 3, 128),
     ("query", 64): Tile(64, 32, 4, 3, 96),
@@ -691,7 +692,7 @@ def _sequence_gradients(
     if not needs_weight:
         return grad_states, weight.new_empty(0)
     grad_weight = torch.bmm(plain.side_by_side(plain.first_rows(states, both), sets), grad.mT)
-    if grad_weight.shape[0] > sets:  # one for every row of the batch; their sum is formed in float32
+    if grad_weight.shape[0] > sets:  # one for every row of the batch, rounded; their sum is in float32
         grad_weight = grad_weight.sum(0, keepdim=True)
     return grad_states, _with_rows(grad_weight, stored)
 

@@ -75,7 +75,9 @@ def test_a_group_that_is_whole_is_not_measured_again(trained, tmp_path, monkeypa
 
 def test_too_little_memory_is_an_answer(tmp_path):
     done = {"rows": [{"n": 1, "failed": "OutOfMemoryError: of course"}, {"n": 2, "failed": "RuntimeError: once"}]}
-    report = Report(tmp_path / "rows.json", 60, "theme", {}, ("rows",), str, done)
+    done |= {"environment": {"commit": "older"}}
+    report = Report(tmp_path / "rows.json", 60, "theme", {"commit": "newer"}, ("rows",), str, done)
+    assert report.result["environment"] == {"commit": "newer; earlier rows: older"}
     assert report.add("rows", {"n": 1}, dict) == done["rows"][0]
     assert report.add("rows", {"n": 2}, lambda: {"ms": 1}) == {"n": 2, "ms": 1}
 
