@@ -153,7 +153,7 @@ def comparison_table(result: dict, section: str) -> list[str]:
         body.append([n, found["mode"], *rival, share, f"{100 * BOUND_TARGET:.0f} %", marks[1]])
         body[-1].append(found["over_full_attention"])
     head = ["n", "mode", "fastest rival", "× rival", "target", "met", "of the bound", "target", "met"]
-    modes = sorted({row["mode"] for row in measured(result, section)})
+    modes = sorted({mode for _n, mode, _variant in measured(result, section)})
     kind = f"all {modes[0]}" if len(modes) == 1 else "each in its faster mode"
     text = f"linpass over the others, {kind}:"
     return ["", text, *table([*head, "× full attention, same class"], body)]
