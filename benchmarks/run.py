@@ -149,7 +149,7 @@ def table(theme: str, result: dict) -> str:
     """The result as a page of Markdown."""
     where = result["environment"]
     lines = [
-        f"# {theme} on a CPU, {where['date']}",
+        f"# {TITLES[theme]} on a CPU, {where['date']}",
         "",
         f"{where['hardware']}, {where['threads']} threads; torch {where['torch']}, transformers "
         f"{where['transformers']}, linpass {where['linpass']} ({where['commit']}). "
@@ -224,6 +224,7 @@ def write_results(theme: str, folder: Path) -> None:
 
 
 THEMES = {"attention": attention, "both_ways": both_ways, "model": model}
+TITLES = {"attention": "Causal attention", "both_ways": "Bidirectional attention", "model": "Whole models"}
 
 
 if __name__ == "__main__":
