@@ -33,7 +33,7 @@ def trained(tmp_path_factory):
     path = tmp_path_factory.mktemp("models") / "models.json"
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(cases.CAUSAL, "GPT-2", broken)
-        return path, models_gpu.run(path, EAGER, CPU, seconds=60)
+        return path, models_gpu.run(path, EAGER, CPU, seconds=3600)
 
 
 def test_every_row_is_written_and_stands_in_the_tables(trained):
@@ -66,7 +66,7 @@ def test_a_group_that_is_whole_is_not_measured_again(trained, tmp_path, monkeypa
     warmed = []
     monkeypatch.setattr(race, "warm", lambda *given, warm=race.warm: warmed.append(1) or warm(*given))
     monkeypatch.setattr(models_gpu, "PARTS", ("training", "prefill", "encoder"))
-    second = models_gpu.run(tmp_path / "models.json", EAGER, CPU, seconds=60, done=first)
+    second = models_gpu.run(tmp_path / "models.json", EAGER, CPU, seconds=3600, done=first)
     assert len(warmed) == len(cases.CAUSAL)
     assert second["encoder"] == first["encoder"]
     assert second["prefill"] == first["prefill"]
@@ -76,7 +76,7 @@ def test_a_group_that_is_whole_is_not_measured_again(trained, tmp_path, monkeypa
 def test_too_little_memory_is_an_answer(tmp_path):
     done = {"rows": [{"n": 1, "failed": "OutOfMemoryError: of course"}, {"n": 2, "failed": "RuntimeError: once"}]}
     done |= {"environment": {"commit": "older"}}
-    report = Report(tmp_path / "rows.json", 60, "theme", {"commit": "newer"}, ("rows",), str, done)
+    report = Report(tmp_path / "rows.json", 3600, "theme", {"commit": "newer"}, ("rows",), str, done)
     assert report.result["environment"] == {"commit": "newer; earlier rows: older"}
     assert report.add("rows", {"n": 1}, dict) == done["rows"][0]
     assert report.add("rows", {"n": 2}, lambda: {"ms": 1}) == {"n": 2, "ms": 1}
@@ -90,7 +90,7 @@ def test_nothing_is_begun_when_the_time_is_over(tmp_path):
 
 
 def test_one_that_fails_in_a_later_turn_is_out(tmp_path):
-    report, turns = Report(tmp_path / "rows.json", 60, "theme", {}, ("rows",), str), []
+    report, turns = Report(tmp_path / "rows.json", 3600, "theme", {}, ("rows",), str), []
 
     def fails_at_last():
         turns.append(1)
@@ -144,7 +144,7 @@ def test_the_bound_mixes_no_tokens_and_trains_every_projection():
 
 def test_compiled_steps_are_the_same_training(tmp_path):
     plan = models_gpu.SMOKE._replace(parts=("training",), names=(cases.BOUND,))
-    result = models_gpu.run(tmp_path / "models.json", plan, CPU, seconds=60)
+    result = models_gpu.run(tmp_path / "models.json", plan, CPU, seconds=3600)
     compiled, eager = result["training"]
     assert [compiled["mode"], eager["mode"]] == ["compiled", "eager"]
     assert compiled["loss"] == pytest.approx(eager["loss"], abs=0.02)
@@ -181,7 +181,7 @@ def test_losses_that_differ_between_modes_are_told():
 
 
 def test_the_profile_lists_what_took_longest(tmp_path):
-    report = Report(tmp_path / "rows.json", 60, "theme", {}, ("rows",), str)
+    report = Report(tmp_path / "rows.json", 3600, "theme", {}, ("rows",), str)
     a, b = torch.randn(200, 200), torch.randn(200)
     builders = {"product": lambda: race.Entrant(lambda: (a @ a, b + b), 1)}
     race.race(report, "rows", {}, builders, CPU, race.Rounds(2, 2, profile=True))
@@ -195,7 +195,7 @@ def decoded(tmp_path_factory):
     path = tmp_path_factory.mktemp("decoding") / "decoding.json"
     names = (name for name in decoding_gpu_cases.WAYS if "compiled" not in name)
     plan = decoding_gpu.SMOKE._replace(names=tuple(names))
-    return path, decoding_gpu.run(path, plan, CPU, seconds=60)
+    return path, decoding_gpu.run(path, plan, CPU, seconds=3600)
 
 
 def test_every_way_to_decode_is_measured_or_says_why_not(decoded):
@@ -218,7 +218,7 @@ def test_every_way_to_decode_is_measured_or_says_why_not(decoded):
 def test_a_compiled_static_cache_gives_the_logits_of_a_dynamic_one(tmp_path):
     names = ("Llama, dynamic cache", "Llama, static cache, compiled")
     plan = decoding_gpu.SMOKE._replace(situations=((64, 2),), names=names, size=cases.Size(32, 1, 2, 384))
-    result = decoding_gpu.run(tmp_path / "decoding.json", plan, CPU, seconds=60)
+    result = decoding_gpu.run(tmp_path / "decoding.json", plan, CPU, seconds=3600)
     dynamic, static = result["decoding"]
     assert dynamic["logits_error"] == 0
     assert 0 <= static["logits_error"] < 0.025
