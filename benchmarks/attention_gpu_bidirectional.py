@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend
 from benchmarks import attention_gpu_cases as cases
 from benchmarks import attention_gpu_gate as gate
 from linpass import attention_linformer, kernels_linformer
-from linpass.attention_linformer import attend_visible, mix_sequence
+from linpass.attention_linformer import attend_visible, mix_sequences
 
 SLOTS = {512: 128, 2048: 256, 8192: 256, 32768: 256, 65536: 512}  # n: k
 LENGTHS = (512, 65536, 2048, 8192, 32768)
@@ -58,10 +58,9 @@ CASES = (
 )
 
 
-def mixed_slots(key: Tensor, value: Tensor, weights: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Slots of keys and of values; weights [X, 1, n, k], as ``SequenceProjection`` gives them."""
-    key_weight, value_weight = (weight[:, 0] for weight in weights)
-    return mix_sequence(key, key_weight), mix_sequence(value, value_weight)
+def of_one_block(weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """[X, 1, n, k], as ``SequenceProjection`` gives them, to [X, n, k]."""
+    return tuple([weight.squeeze(1) for weight in weights])
 
 
 def truth(query: Tensor, key: Tensor, value: Tensor, *weights: Tensor, counts: Tensor | None = None) -> Tensor:
@@ -80,7 +79,7 @@ def from_weights(module: ModuleType) -> Callable[..., Tensor]:
     attend = module.mix_sequence_and_attend
 
     def forward(query, key, value, *weights):
-        return attend(query, key, value, tuple([weight.squeeze(1) for weight in weights]))
+        return attend(query, key, value, of_one_block(weights))
 
     return forward
 
@@ -107,7 +106,7 @@ def check(module: ModuleType, case: Case, device: torch.device, must_agree: bool
     counts = None if case.counts is None else torch.tensor(case.counts, device=device)
 
     def held(query, key, value, *weights):
-        return module.attend_slots(query, *mixed_slots(key, value, weights), counts)
+        return module.attend_slots(query, *mix_sequences(key, value, of_one_block(weights)), counts)
 
     forward = from_weights(module) if counts is None else held
 

@@ -13,10 +13,9 @@ from linpass.attention_linformer import (
     BlockLayout,
     attend_blocks,
     attend_blocks_reference,
-    attend_slots,
     attend_visible,
     mix_blocks,
-    mix_sequence,
+    mix_sequence_and_attend,
 )
 
 HEADS, DIM = 8, 64
@@ -71,7 +70,7 @@ def linformer_both_ways(tokens: int, dtype: torch.dtype = torch.float32) -> Atte
     weights = [torch.randn(1, tokens, SLOTS, generator=generator, dtype=dtype) / tokens**0.5 for _ in range(2)]
 
     def forward(query, key, value, key_weight, value_weight):
-        return attend_slots(query, mix_sequence(key, key_weight), mix_sequence(value, value_weight))
+        return mix_sequence_and_attend(query, key, value, (key_weight, value_weight))
 
     return Attention([*leaves(tokens, dtype), *(weight.requires_grad_() for weight in weights)], forward)
 
