@@ -223,9 +223,7 @@ class LinformerCacheLayer(CacheLayerMixin):
             slot_keys: ``block_keys`` rotated.
         """
         start, total = grid.start_B, grid.total_B
-        # Ring position p holds the newest token i with i % w == p: from this call if it is one of its tokens.
-        position = torch.arange(self.window_size, device=self.device)
-        newest = total[:, None] - 1 - (total[:, None] - 1 - position) % self.window_size
+        newest = _newest(total, self.window_size)
         is_new = (newest >= self.seen[:, None])[:, None, :, None]
         column = (newest - start[:, None]).clamp(0, grid.columns - 1)
         self._write(
@@ -235,8 +233,7 @@ class LinformerCacheLayer(CacheLayerMixin):
 
         if self.slots:
             complete, first = (total // self.block_size)[:, None], (start // self.block_size)[:, None]
-            place = torch.arange(self.visible_blocks, device=self.device)
-            newest = complete - 1 - (complete - 1 - place) % self.visible_blocks
+            newest = _newest(complete[:, 0], self.visible_blocks)
             row = torch.arange(self.slots_per_block, device=self.device)
             is_new = (newest >= first).repeat_interleave(self.slots_per_block, 1)[:, None, :, None]
             at = ((newest - first).clamp(min=0)[..., None] * self.slots_per_block + row).flatten(1)
@@ -385,10 +382,15 @@ def _ring_of(states_BGND: Tensor, size: int, count_B: Tensor | None) -> Tensor:
         if rows < size:
             return torch.nn.functional.pad(newest, (0, 0, 0, size - rows))
         return newest.roll(rows % size, 2)
-    last_B1 = count_B[:, None] - 1
-    row_BS = last_B1 - (last_B1 - torch.arange(size, device=count_B.device)) % size
+    row_BS = _newest(count_B, size)
     held = _read_rows(states_BGND, row_BS.clamp(0, rows - 1))
     return held.masked_fill((row_BS < 0)[:, None, :, None], 0)
+
+
+def _newest(count_B: Tensor, size: int) -> Tensor:
+    """Of items 0 to count - 1, item i at place i % size: the last at each place, [B, size]; negative where none is."""
+    last_B1 = count_B[:, None] - 1
+    return last_B1 - (last_B1 - torch.arange(size, device=count_B.device)) % size
 
 
 def _read_rows(states_BGMD: Tensor, row_BN: Tensor) -> Tensor:
