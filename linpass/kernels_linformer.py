@@ -165,12 +165,13 @@ def mix_sequence_and_attend(
     Cost: that of :func:`attend_slots`, 2·B·G·K·D numbers for the slots, and B·N·K for the gradient of E or F.
     Invariants: those of :func:`attend_slots`.
     """
-    query, key, value, *weights = _one_dtype(query_BHND, key_BGND, value_BGND, *weights)
+    query, key, value, *mixing = _one_dtype(query_BHND, key_BGND, value_BGND, *weights)
     if not _fits((query, key, value), NO_BLOCKS):
-        return plain.mix_sequence_and_attend(query, key, value, weights, slot_angles)
-    if weights[0] is weights[1]:  # torch.compile wants every input of a function once
-        weights[1] = weights[1].view_as(weights[1])
-    return _MixSequenceAndAttend.apply(query, key, value, *weights, *(slot_angles or (None, None)))
+        return plain.mix_sequence_and_attend(query, key, value, mixing, slot_angles)
+    key_weight, value_weight = mixing
+    if key_weight is value_weight:  # torch.compile wants every input of a function once
+        value_weight = value_weight.view_as(value_weight)
+    return _MixSequenceAndAttend.apply(query, key, value, key_weight, value_weight, *(slot_angles or (None, None)))
 
 
 def attend_next_token(
@@ -332,7 +333,7 @@ def _every_row(numbers: Tensor | None, batch: int) -> Any:
 def _like_tokens(states_BHND: Tensor) -> Tensor:
     """Uninitialised, same shape, [B, N, H, D] in memory: what the projections before and after want."""
     batch, heads, tokens, dim = states_BHND.shape
-    return states_BHND.new_empty(batch, tokens, heads, dim).transpose(1, 2)
+    return states_BHND.new_empty_strided(states_BHND.shape, (tokens * heads * dim, dim, heads * dim, 1))
 
 
 def _strides(tensor: Tensor | None) -> tuple[int, ...]:
@@ -527,7 +528,10 @@ def _forward_shapes(query, *rest):
 def _query_and_slot_gradients(
     grad, query, key, value, slot_key, slot_value, first_block, output, logsumexp, layout, count=None
 ):
-    """Gradient of the queries, delta, gradients of the slots [2, B, G, S, D], end_block."""
+    """Gradient of the queries, delta, gradients of the slots, end_block.
+
+    Those of slots are [2, B, G, S, D], without keys [2, B, S, G * D], as the mixing of whole rows wants them.
+    """
     causal = key is not None
     key, value = (key, value) if causal else (slot_key, slot_value)  # of which no row is read
     batch, heads, tokens, dim = query.shape
@@ -553,22 +557,22 @@ def _query_and_slot_gradients(
     tile = _tile("slot", padded, query.element_size())
     tiles = -(-slots // tile.keys)
     parts = _fold_parts(tiles * batch * groups, tokens)
-    dtype = query.dtype if parts == 1 else torch.float32
-    if causal:
-        grad_slots = query.new_empty(parts, 2, batch, groups, slots, dim, dtype=dtype)
-    else:  # as the mixing wants them
-        grad_slots = query.new_empty(parts, 2, batch, slots, groups, dim, dtype=dtype).transpose(3, 4)
+    shape = (2, batch, groups, slots, dim) if causal else (2, batch, slots, groups * dim)
+    strides = (slots * dim, dim, 1) if causal else (dim, groups * dim, 1)
+    row = groups * slots * dim
+    grad_slots = query.new_empty(shape) if parts == 1 else query.new_empty(parts, *shape, dtype=torch.float32)
     _launch(
         kernels.slot_gradient_kernel, (parts * tiles, groups, batch), tile,
         (query, slot_key, slot_value, logsumexp, delta, end_block, count, grad, grad_slots),
         (
-            *map(_strides, (query, slot_key, slot_value, grad)), _strides(grad_slots), _strides(end_block)[0],
+            *map(_strides, (query, slot_key, slot_value, grad)),
+            (2 * batch * row, batch * row, row, *strides), _strides(end_block)[0],
             parts, tokens, slots, layout.visible_blocks, dim**-0.5, causal, count is not None,
             heads // groups, layout.block_size, layout.slots_per_block, end_block is not None,
             dim, padded, precision, tile.queries, tile.keys,
         ),
     )  # fmt: skip
-    return grad_query, delta, grad_slots[0] if parts == 1 else grad_slots.sum(0), end_block
+    return grad_query, delta, grad_slots if parts == 1 else grad_slots.sum(0), end_block
 
 
 def _token_gradients(
@@ -642,7 +646,7 @@ def _slots_backward(grad, query, slot_key, slot_value, count, output, logsumexp)
     grad_query, _, grad_slots, _ = _query_and_slot_gradients(
         grad, query, None, None, slot_key, slot_value, None, output, logsumexp, NO_BLOCKS, count
     )
-    return grad_query, grad_slots.to(query.dtype).transpose(2, 3).contiguous()
+    return grad_query, grad_slots.to(query.dtype).unflatten(-1, (slot_key.shape[1], -1))
 
 
 def _slots_backward_shapes(grad, query, slot_key, slot_value, count, output, logsumexp):
@@ -651,8 +655,35 @@ def _slots_backward_shapes(grad, query, slot_key, slot_value, count, output, log
 
 
 def _sequence_slots(key, value, key_weight, value_weight, cos, sin):
-    """On tensors without data too: the slots lie in memory as the products leave them."""
-    return plain.mix_sequences(key, value, (key_weight, value_weight), None if cos is None else (cos, sin))
+    """:func:`attention_linformer.mix_sequences`; on tensors without data too, which lie in memory alike."""
+    slot_key, slot_value = _mix_sequence(key, key_weight), _mix_sequence(value, value_weight)
+    return slot_key if cos is None else plain.rotate(slot_key, (cos, sin)), slot_value
+
+
+def _mix_sequence(states: Tensor, weight: Tensor) -> Tensor:
+    sets, stored, slots = weight.shape
+    if sets > 1:
+        return plain.mix_sequence(states, weight)
+    rows = min(stored, states.shape[2])
+    weight = weight.as_strided((len(states), slots, rows), (0, weight.stride(2), weight.stride(1)))
+    return _heads_apart(torch.bmm(weight, _side_by_side(states, rows)), states.shape[1])
+
+
+# Views that take PyTorch two or three operators, each of which costs a short row more than its share of the product.
+def _side_by_side(states_BGND: Tensor, rows: int) -> Tensor:
+    """The first rows as [B, rows, G * D]: a view where heads lie next to each other in memory."""
+    batch, groups, _, dim = states_BGND.shape
+    batch_stride, group_stride, row_stride, unit = states_BGND.stride()
+    if (group_stride != dim and groups > 1) or unit != 1:
+        return plain.side_by_side(plain.first_rows(states_BGND, rows), sets=1)
+    return states_BGND.as_strided((batch, rows, groups * dim), (batch_stride, row_stride, 1))
+
+
+def _heads_apart(states_BNX: Tensor, groups: int) -> Tensor:
+    """[B, N, G * D], a tensor without gaps, as [B, G, N, D]."""
+    batch, rows, features = states_BNX.shape
+    dim = features // groups
+    return states_BNX.as_strided((batch, groups, rows, dim), (rows * features, dim, features, 1))
 
 
 def _mix_sequence_and_attend(query, *mixed):
@@ -668,30 +699,39 @@ def _mix_sequence_and_attend_backward(
     grad, query, key, value, key_weight, value_weight, cos, sin, output, logsumexp, slot_key, slot_value, needs_weight
 ):
     grad, query, slot_key, slot_value = _unit_rows(grad, query, slot_key, slot_value)
-    grad_query, _, (grad_slot_key, grad_slot_value), _ = _query_and_slot_gradients(
+    grad_query, _, grad_slots, _ = _query_and_slot_gradients(
         grad, query, None, None, slot_key, slot_value, None, output, logsumexp, NO_BLOCKS
     )
+    grad_slot_key, grad_slot_value = grad_slots.unbind(0)
     if cos is not None:  # turned back: both halves of the features have the same angles
-        grad_slot_key = plain.rotate(grad_slot_key, (cos, -sin))
+        turned = plain.rotate(_heads_apart(grad_slot_key, key.shape[1]), (cos, -sin))
+        grad_slot_key = plain.side_by_side(turned, sets=1)
     grad_key, grad_key_weight = _sequence_gradients(grad_slot_key, key, key_weight, needs_weight)
     grad_value, grad_value_weight = _sequence_gradients(grad_slot_value, value, value_weight, needs_weight)
     return grad_query, grad_key, grad_value, grad_key_weight, grad_value_weight
 
 
-def _sequence_gradients(
-    grad_slots: Tensor, states: Tensor, weight: Tensor, needs_weight: bool
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the tokens and of the weights of ``mix_sequence``; zero where one has no row of the other."""
-    (sets, stored, _), tokens = weight.shape, states.shape[2]
+def _sequence_gradients(grad_BKX: Tensor, states: Tensor, weight: Tensor, needs_weight: bool) -> tuple[Tensor, Tensor]:
+    """Gradients of the tokens and of the weights of ``mix_sequence``; zero where one has no row of the other.
+
+    Args:
+        grad_BKX: of the slots, [B, K, G * D].
+    """
+    (sets, stored, slots), (batch, groups, tokens, _) = weight.shape, states.shape
     both = min(stored, tokens)
-    grad = plain.side_by_side(grad_slots if grad_slots.dtype == states.dtype else grad_slots.to(states.dtype), sets)
-    product = torch.bmm(plain.first_rows(weight, both).expand(grad.shape[0], -1, -1), grad)
-    grad_states = plain.heads_apart(_with_rows(product, tokens), states.shape, sets)
-    if sets > 1:
-        grad_states = _like_tokens(states).copy_(grad_states)
+    grad = grad_BKX if grad_BKX.dtype == states.dtype else grad_BKX.to(states.dtype)
+    if sets == 1:
+        rows = _side_by_side(states, both)
+        weights = weight.as_strided((batch, both, slots), (0, weight.stride(1), weight.stride(2)))
+        grad_states = _heads_apart(_with_rows(torch.bmm(weights, grad), tokens), groups)
+    else:
+        rows = plain.side_by_side(plain.first_rows(states, both), sets)
+        grad = plain.side_by_side(_heads_apart(grad, groups), sets)
+        product = _with_rows(torch.bmm(plain.first_rows(weight, both), grad), tokens)
+        grad_states = _like_tokens(states).copy_(plain.heads_apart(product, states.shape, sets))
     if not needs_weight:
         return grad_states, weight.new_empty(0)
-    grad_weight = torch.bmm(plain.side_by_side(plain.first_rows(states, both), sets), grad.mT)
+    grad_weight = torch.bmm(rows, grad.mT)
     if grad_weight.shape[0] > sets:  # one for every row of the batch, rounded; their sum is in float32
         grad_weight = grad_weight.sum(0, keepdim=True)
     return grad_states, _with_rows(grad_weight, stored)
