@@ -174,7 +174,10 @@ def with_backend(backend: SDPBackend) -> Callable[[Shape, list[Tensor]], Attenti
 
 
 def flex_attention_over_slots(shape: Shape, inputs: list[Tensor]) -> Attention:
-    """Mixing as products of matrices, then compiled FlexAttention over slots and tokens; its mask is made before."""
+    """Mixing as products of matrices, then compiled FlexAttention over slots and tokens.
+
+    The mask is made before, and not compiled: 22 GB at 65,536 tokens, where compiling it may take minutes.
+    """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     torch.compiler.reset()  # or the number of compiled versions of one function reaches its limit
@@ -187,7 +190,7 @@ def flex_attention_over_slots(shape: Shape, inputs: list[Tensor]) -> Attention:
         return in_window | ((key < slots) & (key // r < (query + 1) // b))
 
     device, length = inputs[0].device, shape.tokens
-    mask = torch.compile(create_block_mask)(sees, None, None, length, slots + length, device=device)
+    mask = create_block_mask(sees, None, None, length, slots + length, device=device)
     attend = torch.compile(flex_attention, dynamic=False)
 
     def forward(query, key, value, key_weight, value_weight):

@@ -3,9 +3,11 @@
 import argparse
 import json
 import shlex
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -21,6 +23,7 @@ class Report:
         path: JSON file, written anew after every row.
         seconds: after so long nothing is begun.
         line: a row, as text for the screen.
+        row_seconds: a row that takes longer has failed; None: it may take as long as it likes.
     """
 
     def __init__(
@@ -32,8 +35,10 @@ class Report:
         sections: tuple[str, ...],
         line: Callable[[dict], str],
         done: dict | None = None,
+        row_seconds: float | None = None,
     ):
         self.path, self.line, self.ends = path, line, time.perf_counter() + seconds
+        self.row_seconds = row_seconds
         if done:
             environment = environment | {
                 "commit": f"{environment['commit']}; earlier rows: {done['environment']['commit']}"
@@ -53,9 +58,10 @@ class Report:
             self.leave_out(section, names)
             return None
         try:
-            row = names | compute()
-            if torch.cuda.is_initialized():
-                torch.cuda.synchronize()  # what fails on the device fails here, not in the next row
+            with at_most(self.row_seconds):
+                row = names | compute()
+                if torch.cuda.is_initialized():
+                    torch.cuda.synchronize()  # what fails on the device fails here, not in the next row
         except Exception as error:  # one variant that this version or device cannot run must not end the others
             row = names | failure(error)
         self.put(section, row)
@@ -80,6 +86,27 @@ class Report:
 
     def write(self) -> None:
         self.path.write_text(json.dumps(self.result, indent=1) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def at_most(seconds: float | None) -> Iterator[None]:
+    """Raises TimeoutError in what takes longer, as soon as that is in Python, as a compiler often is; main thread."""
+    if seconds is None:
+        yield
+        return
+
+    def stop(*_):
+        raise TimeoutError(f"took more than {seconds:g} s")
+
+    began, (left, _) = time.monotonic(), signal.getitimer(signal.ITIMER_REAL)
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        rest = max(left - (time.monotonic() - began), 1e-3) if left else 0  # somebody else's, who has set one, too
+        signal.setitimer(signal.ITIMER_REAL, rest)
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,6 +3,8 @@
 import copy
 import importlib.util
 import json
+import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -80,6 +82,21 @@ def test_too_little_memory_is_an_answer(tmp_path):
     assert report.result["environment"] == {"commit": "newer; earlier rows: older"}
     assert report.add("rows", {"n": 1}, dict) == done["rows"][0]
     assert report.add("rows", {"n": 2}, lambda: {"ms": 1}) == {"n": 2, "ms": 1}
+
+
+def test_a_row_that_takes_too_long_has_failed(tmp_path):
+    """And the timer that was running before runs on."""
+    limits = signal.signal(signal.SIGALRM, signal.SIG_IGN), signal.setitimer(signal.ITIMER_REAL, 1000)
+    try:
+        report = Report(tmp_path / "rows.json", 3600, "theme", {}, ("rows",), str, row_seconds=0.2)
+        assert report.add("rows", {"n": 1}, lambda: time.sleep(30)) is not None
+        assert report.add("rows", {"n": 2}, lambda: {"ms": 1}) == {"n": 2, "ms": 1}
+        assert report.result["rows"][0]["failed"] == "TimeoutError: took more than 0.2 s"
+        assert 900 < signal.getitimer(signal.ITIMER_REAL)[0] < 1000
+        assert signal.getsignal(signal.SIGALRM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGALRM, limits[0])
+        signal.setitimer(signal.ITIMER_REAL, *limits[1])
 
 
 def test_nothing_is_begun_when_the_time_is_over(tmp_path):
