@@ -26,6 +26,7 @@ from benchmarks.quality.experiments import (
 from benchmarks.quality.report import write_report
 from benchmarks.quality.results import Results, Spread, chosen_rates, difference, finished
 from benchmarks.quality.schedule import Schedule, Settings
+from benchmarks.quality.single_run import carry_out, train
 from benchmarks.quality.tables import loss_table
 from linpass import LinformerConfig, LinformerForCausalLM, LinformerForMaskedLM, layers_linformer
 from linpass.errors import InputError
@@ -45,6 +46,7 @@ TINY = {
     "reference": "full",
     "untouched": True,
     "sample": True,
+    "goal": -0.5,
 }
 
 
@@ -98,7 +100,7 @@ def test_the_sides_of_the_claim_have_equal_budgets(n):
             if run.side == "full":
                 assert parsed.model.k == 0
                 assert parsed.model.window_size >= n
-    assert set(sizes) == {"linformer", "full", "gpt2", "llama", "window"}
+    assert set(sizes) == {"linformer", "full", "gpt2", "llama", "window", "window of k + w", "full, no QK-norm"}
     assert max(sizes.values()) < 1.01 * min(sizes.values())
     assert len(budgets) == 1
 
@@ -110,6 +112,14 @@ def test_the_claim_has_seeds_that_no_rate_was_chosen_with_and_shares_runs_with_t
     ablations = {run.side: run.key for run in runs_for_all_sides("ablations")}
     assert claim["linformer"] == ablations["base"]
     assert claim["full"] == ablations["full attention"]
+
+
+def test_a_side_may_have_rates_and_seeds_of_its_own():
+    theme = replace(read_theme("rates_1024"), sides={"a": {}, "b": {"learning_rates": [0.1, 0.2], "seeds": [7]}})
+    theme = replace(theme, learning_rates=[0.1], seeds=[6, 7])
+    found = [(run.flags["seed"], run.side, run.flags["learning_rate"]) for run in runs_of(theme, {})]
+    assert found == [(6, "a", 0.1), (7, "a", 0.1), (7, "b", 0.1), (7, "b", 0.2)]
+    assert theme.planned() == len(found)
 
 
 # --- Data -------------------------------------------------------------------------------------------------------------
@@ -233,6 +243,34 @@ def test_the_queue_trains_measures_and_cleans_up(ran):
     assert not any(settings.scratch.iterdir())
 
 
+def test_a_run_that_is_stopped_goes_on(prepared, tmp_path, capsys, monkeypatch):
+    """Its log stands in the results, as unfinished. Then it ends with all steps; stopped again, it is measured only."""
+    one_side = {"sides": {"full": {"k": 0, "window_size": 64}}, "resumable": True, "tokens": 64 * 8 * 200}
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY | one_side))
+    settings = Settings(prepared[0], tmp_path / "results", 100, scratch=tmp_path / "scratch")
+    schedule = Schedule([str(tmp_path / "tiny.json")], settings)
+    schedule.start(schedule.left()[0], None)
+    (child,) = schedule.children
+    log = child.folder / "checkpoints" / "training_log.jsonl"
+    while not (log.is_file() and len(log.read_text().splitlines()) > 3):
+        assert child.process.poll() is None, (child.folder / "output.txt").read_text()
+        time.sleep(0.05)
+    schedule.stop([child])
+    assert "stopped; its checkpoint is kept" in capsys.readouterr().out
+    (unfinished,) = Results(settings.output).read("curves")
+    assert unfinished["unfinished"]
+    assert [step for step, *_ in unfinished["log"]][:3] == [1, 2, 3]
+    steps = unfinished["log"][-1][0]
+    assert 3 <= steps < 200
+
+    order = json.loads((child.folder / "order.json").read_text())
+    assert train(order, child.folder)
+    monkeypatch.setattr("linpass.training.train.train", lambda *_: pytest.fail("trained once more"))
+    answer = carry_out(order, child.folder)
+    assert [step for step, loss, _validation in answer["log"] if loss is not None] == list(range(1, 201))
+    assert answer["choosing"]["loss"] > 0
+
+
 def test_what_is_finished_is_not_made_again(ran, tmp_path):
     theme, settings = ran
     again = Schedule([theme], settings)
@@ -286,6 +324,54 @@ def test_the_report_shows_the_untouched_half_when_it_is_asked_for(ran):
     assert f"{losses['full']:.4f}" in tables[UNTOUCHED]
     assert f"{losses['linformer'] - losses['full']:+.4f}" in tables[UNTOUCHED]
     assert f"{losses['full']:.4f}" not in tables[CHOOSING]
+    assert "The goal, set beforehand, is -0.5 for linformer" in tables[CHOOSING]
+
+
+def test_a_report_of_both_halves_is_not_replaced_by_one_of_one(ran, tmp_path):
+    theme, settings = ran
+    for path in settings.output.glob("*.jsonl"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    sweep = tmp_path / "rates.json"
+    sweep.write_text(json.dumps(TINY))
+    claim = tmp_path / "claim_tiny.json"
+    values = {key: value for key, value in TINY.items() if key != "learning_rates"}
+    claim.write_text(json.dumps(values | {"rates_of": str(sweep)}))
+    write_report(tmp_path, True, [str(claim)])
+    both = (tmp_path / "report.md").read_text()
+    assert "On the untouched half" in both
+    assert "by position in the window" in both
+    assert (tmp_path / "positions.png").stat().st_size > 5000
+    with pytest.raises(InputError, match="go on with --untouched"):
+        write_report(tmp_path, False, [theme])
+    assert (tmp_path / "report.md").read_text() == both
+
+
+def test_results_of_several_machines_become_one(ran, tmp_path, capsys):
+    _theme, settings = ran
+    first, second, into = (tmp_path / name for name in ("first", "second", "into"))
+    lines = {path.name: path.read_text().splitlines() for path in settings.output.glob("*.jsonl")}
+    assert {len(found) for found in lines.values()} == {2}
+    for folder in (first, second):
+        folder.mkdir()
+    for name, (one, other) in lines.items():
+        failed = json.dumps(json.loads(other) | {"failed": "out of memory"})
+        half = json.dumps(json.loads(one) | ({"untouched": False} if name == "runs.jsonl" else {}))
+        (first / name).write_text(f"{half}\n{failed}\n")
+        (second / name).write_text(f"{other}\n{one}\n{failed}\n")
+    assert main(["merge", str(first), str(second), "--into", str(into)]) == 0
+    assert json.loads(capsys.readouterr().out) == {"runs": 2, "curves": 2, "untouched": 2, "samples": 2}
+    assert Results(into).runs == Results(settings.output).runs
+    assert main(["merge", str(first), "--into", str(into)]) == 0
+    assert Results(into).runs == Results(settings.output).runs
+
+    rows = (second / "runs.jsonl").read_text()
+    (second / "runs.jsonl").write_text(rows.replace('"torch_compile": false', '"torch_compile": true'))
+    assert main(["merge", str(second), "--into", str(into)]) == 2
+    assert "other settings" in capsys.readouterr().err
+    (second / "runs.jsonl").write_text(rows[:-50])
+    assert main(["merge", str(second), "--into", str(into)]) == 2
+    assert "{'runs': 1}" in capsys.readouterr().err
+    assert Results(into).runs == Results(settings.output).runs
 
 
 # --- Arithmetic -------------------------------------------------------------------------------------------------------
@@ -306,6 +392,9 @@ def test_differences_are_of_pairs():
     each = np.array([(-1 - 0.5) / 2, (-1 - 3) / 2, (-3 - 0.5) / 2])  # nats of each document, mean over seeds
     residuals = each - each.sum() / 60 * np.array(tokens)
     assert found.document_error == pytest.approx(math.sqrt(3 / 2 * (residuals**2).sum()) / 60)
+    seeds = 12.706 * found.seeds.standard_error  # Student's t of one degree of freedom
+    assert found.half_width == pytest.approx(math.sqrt(seeds**2 + (1.96 * found.document_error) ** 2))
+    assert difference({1: side[1]}, {1: reference[1]}).half_width is None
     assert difference({1: side[1]}, {2: reference[2]}) is None
     assert Spread.of([1.0]).standard_error is None
     assert Spread.of([1.0, 2.0, 4.0]).deviation == pytest.approx(statistics.stdev([1, 2, 4]))
@@ -342,6 +431,10 @@ def test_what_counts_as_finished(tmp_path):
     assert results.finished(claim["gpt2"])
     results.add(claim["llama"], {"failed": "out of memory"}, {})
     assert not results.finished(claim["llama"])
+    results.add(claim["gpt2"], {"failed": "out of memory"}, {})  # by another machine, later
+    assert Results(tmp_path).finished(claim["gpt2"])
+    results.add_unfinished(claim["llama"], [[1, 9.0, None]])
+    assert not Results(tmp_path).finished(claim["llama"])
 
 
 def test_the_honest_loss_is_that_of_whole_rows_without_a_leak_alone():

@@ -42,6 +42,9 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the evaluation")
     run.add_argument("--smoke", action="store_true", help="rehearse: tiny models, six steps")
     run.add_argument("--scratch", type=Path, help="for models and checkpoints of runs under way [in the system's own]")
+    merge = commands.add_parser("merge", help="add the results of other folders, each run once")
+    merge.add_argument("folders", nargs="+", type=Path)
+    merge.add_argument("--into", type=Path, default=RESULTS, help="[%(default)s]")
     report = commands.add_parser("report", help="tables and pictures of what is finished")
     report.add_argument("--results", type=Path, default=RESULTS, help="[%(default)s]")
     report.add_argument("--untouched", action="store_true", help="with the untouched half: once, when all is chosen")
@@ -63,6 +66,10 @@ def main(words: Sequence[str] | None = None) -> int:
             unpack(options.archives, options.output)
         elif options.command == "run":
             run(options)
+        elif options.command == "merge":
+            from benchmarks.quality.results import merge
+
+            print(json.dumps(merge(options.folders, options.into)))
         else:
             from benchmarks.quality.report import write_report
 

@@ -13,10 +13,12 @@ A theme holds
 ``seeds``           one run of every side each; all sides with the first seed come first
 ``reference``       the side that the others are compared with
 
-and, where they hold, ``untouched`` (score that half too), ``sample`` (let the models write), ``resumable`` (longer than
-one command), ``alone`` (one process on a GPU, for speed), ``evaluate`` false (speed only). In a side, ``rate_of`` names
-the side of the sweep whose rate it takes, if not its own, ``program`` another program than ``linpass train``, and
-``variant`` a change of the model that the package has no field for (``variants.py``).
+and, where they hold, ``goal`` (a difference to the reference, nats, set beforehand), ``untouched`` (score that half
+too), ``sample`` (let the models write), ``resumable`` (longer than one command), ``evaluations`` (along the way),
+``alone`` (one process on a GPU, for speed), ``evaluate`` false (speed only). In a side, ``learning_rates`` and
+``seeds`` are its own, ``rate_of`` names the side of the sweep whose rate it takes, if not its own, ``program`` another
+program than ``linpass train``, and ``variant`` a change of the model that the package has no field for
+(``variants.py``).
 """
 
 import hashlib
@@ -31,10 +33,9 @@ from linpass.errors import InputError
 from linpass.training.arguments import read_preset
 
 FOLDER = Path(__file__).parent
-EVALUATIONS = 6  # along the way
 KEYS = {"question", "preset", "tokens", "flags", "sides", "learning_rates", "rates_of", "rate_of", "seeds", "reference"}
-KEYS |= {"parts", "untouched", "sample", "resumable", "alone", "evaluate"}
-OF_SIDES = {"rate_of", "program", "variant"}  # what a side may set that is no flag
+KEYS |= {"goal", "parts", "untouched", "sample", "resumable", "evaluations", "alone", "evaluate"}
+OF_SIDES = {"learning_rates", "seeds", "rate_of", "program", "variant"}  # what a side may set that is no flag
 LINPASS, LEAKING = "linpass train", "leaking"
 # A rehearsal on a processor: sizes at which every run of every theme takes seconds.
 SMOKE = {"embed_dim": 32, "heads": 2, "depth": 2, "intermediate_size": 4096, "logging_steps": 1}
@@ -57,12 +58,24 @@ class Theme:
     learning_rates: list[float] = field(default_factory=list)
     rates_of: str | None = None
     rate_of: str | None = None
+    goal: float | None = None
     parts: int = 1
     untouched: bool = False
     sample: bool = False
     resumable: bool = False
+    evaluations: int = 6
     alone: bool = False
     evaluate: bool = True
+
+    def rates(self, side: str) -> list[float]:
+        """The sweep of a side."""
+        return self.sides[side].get("learning_rates", self.learning_rates)
+
+    def planned(self) -> int:
+        """How many runs there are when every side has a rate."""
+        return sum(
+            len(own.get("seeds", self.seeds)) * max(1, len(self.rates(side))) for side, own in self.sides.items()
+        )
 
 
 @dataclass(frozen=True)
@@ -131,10 +144,14 @@ def runs_of(theme: Theme, rates: dict[str, float]) -> list[Run]:
     """
     runs = []
     for seed in theme.seeds:
-        for place in range(max(1, len(theme.learning_rates))):
+        for place in range(max(1, *(len(theme.rates(side)) for side in theme.sides))):
             for side, values in theme.sides.items():
-                swept = values.get("rate_of", theme.rate_of or side)
-                rate = theme.learning_rates[place] if theme.learning_rates else rates.get(swept)
+                if seed not in values.get("seeds", theme.seeds):
+                    continue
+                if theme.learning_rates:
+                    rate = next(iter(theme.rates(side)[place : place + 1]), None)
+                else:
+                    rate = rates.get(values.get("rate_of", theme.rate_of or side))
                 if rate is not None:
                     runs.append(make_run(theme, side, rate, seed))
     return runs
@@ -145,7 +162,7 @@ def make_run(theme: Theme, side: str, rate: float, seed: int) -> Run:
     own = {name: value for name, value in theme.sides[side].items() if name not in OF_SIDES}
     flags = theme.flags | own | {"learning_rate": rate, "seed": seed}
     steps = theme.tokens // step_tokens(theme.preset, flags)
-    flags |= {"max_steps": steps, "eval_steps": max(1, -(-steps // EVALUATIONS))}
+    flags |= {"max_steps": steps, "eval_steps": max(1, -(-steps // theme.evaluations))}
     values = theme.sides[side]
     return Run(theme, side, flags, values.get("program", LINPASS), values.get("variant"))
 

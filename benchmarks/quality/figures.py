@@ -26,6 +26,7 @@ NAMES = {
     "llama": "Llama",
     "window": "window only",
 }
+FEWEST_SHOWN = 16  # positions
 LINES = ("-", "--", ":", "-.")
 
 
@@ -49,6 +50,27 @@ def draw_claim(path: Path, points: dict[int, dict[str, dict[int, float]]]) -> No
         axes.set_ylabel("validation loss, nats per token")
         axes.grid(alpha=0.3, axis="y")
     figure.suptitle("Choosing half: every seed a point; line and number: mean", fontsize=10)
+    figure.savefig(path, dpi=120)
+
+
+def draw_positions(path: Path, apart: dict[int, dict[str, list[tuple[int, float]]]], reference: str) -> None:
+    """A panel for each n, {n: {side: [last position of a range, difference to the reference]}}."""
+    figure = Figure(figsize=(5 * len(apart), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(apart), squeeze=False)[0]
+    for axes, (n, sides) in zip(panels, sorted(apart.items()), strict=True):
+        for number, (side, values) in enumerate(sides.items()):
+            shown = [(end, value) for end, value in values if end >= FEWEST_SHOWN]
+            name = NAMES.get(side, side).replace("\n", " ")
+            axes.plot(*zip(*shown, strict=True), marker="o", ms=3.5, color=COLOURS.get(side, f"C{number}"), label=name)
+        axes.axhline(0, color="#000000", lw=0.8)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.set_xlabel("position in the window, up to")
+        axes.set_ylabel(f"loss less that of {reference}, nats")
+        axes.set_title(f"n = {n}", fontsize=10)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, fontsize=8)
+    figure.suptitle("Choosing half, mean over seeds, at every position", fontsize=10)
     figure.savefig(path, dpi=120)
 
 

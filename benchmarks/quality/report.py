@@ -8,11 +8,20 @@ from typing import Any
 from benchmarks.quality import figures
 from benchmarks.quality.data import CHOOSING, UNTOUCHED
 from benchmarks.quality.experiments import LINPASS
-from benchmarks.quality.results import SAMPLES, Finished, Results, finished, loss, scores
-from benchmarks.quality.tables import LEGEND, leaking_table, loss_table, rates_table, speed_table
+from benchmarks.quality.results import CURVES, SAMPLES, Finished, Results, finished, loss, scores
+from benchmarks.quality.tables import (
+    LEGEND,
+    by_position,
+    leaking_table,
+    loss_table,
+    position_table,
+    rates_table,
+    speed_table,
+)
+from linpass.errors import InputError
 
 THEMES = ("claim_1024", "claim_4096", "long", "ablations")
-SWEEPS, SPEEDS = ("rates_1024", "rates_4096"), ("speed_1024", "speed_4096")
+SWEEPS, SPEEDS = ("rates_1024", "rates_4096", "batch_4096"), ("speed_1024", "speed_4096")
 
 
 def write_report(folder: Path, with_untouched: bool, themes: Sequence[str] = (*SWEEPS, *THEMES, *SPEEDS)) -> str:
@@ -20,7 +29,13 @@ def write_report(folder: Path, with_untouched: bool, themes: Sequence[str] = (*S
 
     Args:
         with_untouched: read that half too. It is for the end, when nothing is left to choose.
+
+    Raises:
+        InputError: the report there shows the untouched half, and this one would not.
     """
+    path = folder / "report.md"
+    if not with_untouched and path.is_file() and f"On the {UNTOUCHED} half" in path.read_text(encoding="utf-8"):
+        raise InputError(f"{path} shows the untouched half; go on with --untouched")
     results = Results(folder)
     untouched = {row["key"]: row[UNTOUCHED] for row in results.read(UNTOUCHED)} if with_untouched else {}
     found = [finished(name, results) for name in themes]
@@ -36,11 +51,12 @@ def write_report(folder: Path, with_untouched: bool, themes: Sequence[str] = (*S
             halves = [CHOOSING, *([UNTOUCHED] if untouched and part.theme.untouched else [])]
             for half in halves:
                 lines += loss_table(part, half, untouched)
+            lines += position_table(part) if part.theme.name != "ablations" else []
             lines += leaking_table(part)
     lines += pictures(folder, found, results)
     lines += sample(results)
     text = "\n".join(lines) + "\n"
-    (folder / "report.md").write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
     return text
 
 
@@ -51,17 +67,23 @@ def conditions(results: Results) -> list[str]:
         where = row.get("environment", {})
         names = {name: where.get(name) for name in ("hardware", "torch", "transformers", "linpass", "commit")}
         kinds[json.dumps(names | row["settings"])] = names | row["settings"]
-    return ["", *(f"- {', '.join(f'{name} {value}' for name, value in kind.items())}" for kind in kinds.values())]
+    lines = [f"- {', '.join(f'{name} {value}' for name, value in kind.items())}" for kind in kinds.values()]
+    torn = [f"- {count} lines of {name}.jsonl cannot be read" for name, count in results.unreadable.items()]
+    return ["", *lines, *torn]
 
 
 def pictures(folder: Path, found: Sequence[Finished], results: Results) -> list[str]:
     """Draw what there is to draw; lines that show it."""
-    logs = {row["key"]: row["log"] for row in results.read("curves")}
+    logs = {row["key"]: row["log"] for row in results.read(CURVES) if "unfinished" not in row}
     drawn: list[tuple[str, Callable[[Path], Any]]] = []
     claims = [part for part in found if part.theme.name.startswith("claim") and part.sides()]
     if claims:
         points = {part.theme.flags["seq_length"]: losses_of(part) for part in claims}
         drawn.append(("claim.png", lambda path: figures.draw_claim(path, points)))
+        apart = {part.theme.flags["seq_length"]: of_one_class(part, by_position(part)) for part in claims}
+        apart = {n: sides for n, sides in apart.items() if sides}
+        if apart:
+            drawn.append(("positions.png", lambda path: figures.draw_positions(path, apart, claims[0].theme.reference)))
     for part in found:
         if part.runs and part.theme.evaluate and part.theme.name in (*THEMES[:3], *SWEEPS):
             curves = [
@@ -75,6 +97,11 @@ def pictures(folder: Path, found: Sequence[Finished], results: Results) -> list[
         draw(folder / name)
         lines += ["", f"![{name.removesuffix('.png')}]({name})"]
     return ["", "## Pictures", *lines] if lines else []
+
+
+def of_one_class(part: Finished, found: dict[str, Any]) -> dict[str, Any]:
+    """Without transformers' own models, which are far off."""
+    return {side: values for side, values in found.items() if "architecture" not in part.theme.sides[side]}
 
 
 def losses_of(part: Finished) -> dict[str, dict[int, float]]:

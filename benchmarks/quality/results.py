@@ -5,7 +5,8 @@
 ``untouched.jsonl``  losses on the untouched half; read by ``report --untouched`` alone
 ``samples.jsonl``    what the models wrote first
 
-Lines are only added, one write each, by one process. A run is known by its key, the digest of its flags.
+Lines are only added, one write each, by one process. A run is known by its key, the digest of its flags. Folders that
+several machines have written are joined by ``merge``.
 """
 
 import json
@@ -20,9 +21,12 @@ import torch
 
 from benchmarks.quality.data import CHOOSING, UNTOUCHED
 from benchmarks.quality.experiments import LINPASS, Run, Theme, read_theme, runs_of
+from linpass.errors import InputError
 from linpass.scoring import ratio_error
 
 RUNS, CURVES, SAMPLES = "runs", "curves", "samples"
+# Student's t at 97.5 %, by degrees of freedom.
+T_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571}
 Row = dict[str, Any]
 
 
@@ -31,17 +35,22 @@ class Results:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.runs: dict[str, Row] = {row["key"]: row for row in self.read(RUNS)}  # of a key tried again, the last
+        self.unreadable: dict[str, int] = {}  # lines by file
+        self.runs: dict[str, Row] = {}
+        for row in self.read(RUNS):  # of a key tried again, the last that did not fail
+            if "failed" not in row or row["key"] not in self.runs:
+                self.runs[row["key"]] = row
 
     def read(self, name: str) -> list[Row]:
-        """The lines that are whole."""
+        """The lines that are whole; how many are not stands in ``unreadable``."""
         path = self.folder / f"{name}.jsonl"
         rows = []
+        self.unreadable.pop(name, None)
         for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
             try:
                 rows.append(json.loads(line))
             except ValueError:  # of a machine that went while it was written
-                continue
+                self.unreadable[name] = self.unreadable.get(name, 0) + 1
         return rows
 
     def add(self, run: Run, row: Row, answer: Row) -> None:
@@ -56,6 +65,10 @@ class Results:
         row["untouched"] = UNTOUCHED in answer
         self._append(RUNS, row)
         self.runs[run.key] = row
+
+    def add_unfinished(self, run: Run, log: list) -> None:
+        """Write the log of a run that was stopped and goes on later; nothing counts it as finished."""
+        self._append(CURVES, {"key": run.key, "side": run.side, "unfinished": True, "log": log})
 
     def _append(self, name: str, row: Row) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -82,6 +95,45 @@ class Results:
         rates = [row["seconds"] / row["tokens"] for row in rows]
         own = [rate for rate, row in zip(rates, rows, strict=True) if row["side"] == run.side]
         return (own[-1] if own else max(rates, default=assumed)) * run.tokens
+
+
+def merge(folders: Sequence[Path], into: Path) -> dict[str, int]:
+    """Add to a folder of results what others have; of each run and file the first finished one stays.
+
+    Of a run that one theme measured on the untouched half and another did not, the one with both halves.
+
+    Returns: lines of each file afterwards.
+    Raises:
+        InputError: a line cannot be read, or the runs had other settings.
+    """
+    kept: dict[str, dict[str, Row]] = {}
+    settings = {}
+    for folder in (into, *folders):
+        results = Results(folder)
+        for name in (RUNS, CURVES, UNTOUCHED, SAMPLES):
+            for row in results.read(name):
+                earlier = kept.setdefault(name, {}).get(row["key"])
+                if earlier is None or is_better(row, earlier):
+                    kept[name][row["key"]] = row
+                if name == RUNS:
+                    same = {key: value for key, value in row["settings"].items() if key != "processes_per_gpu"}
+                    settings[json.dumps(same, sort_keys=True)] = same
+        if results.unreadable:
+            raise InputError(f"{folder} has lines that cannot be read: {results.unreadable}")
+    if len(settings) > 1:
+        raise InputError(f"the runs had other settings: {list(settings.values())}")
+    into.mkdir(parents=True, exist_ok=True)
+    for name, rows in kept.items():
+        partial = into / f".{name}.jsonl"
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows.values()), encoding="utf-8")
+        partial.replace(into / f"{name}.jsonl")
+    return {name: len(rows) for name, rows in kept.items()}
+
+
+def is_better(row: Row, earlier: Row) -> bool:
+    """Of two rows of one run."""
+    halves = row.get("untouched") is True and earlier.get("untouched") is False
+    return halves or not earlier.keys().isdisjoint({"failed", "unfinished"})
 
 
 def loss(row: Row | None) -> float:
@@ -130,7 +182,7 @@ def finished(name: str, results: Results) -> Finished:
         rates = chosen_rates(sweep, runs_of(sweep, {}), results)
     runs = runs_of(theme, rates)
     rows = [(run, results.runs[run.key]) for run in runs if results.finished(run)]
-    return Finished(theme, rows, len(theme.seeds) * len(theme.sides) * max(1, len(theme.learning_rates)))
+    return Finished(theme, rows, theme.planned())
 
 
 def scores(rows: Iterable[Row], half: str, untouched: dict[str, Row]) -> dict[int, Row]:
@@ -171,6 +223,17 @@ class Difference:
 
     seeds: Spread
     document_error: float | None
+
+    @property
+    def half_width(self) -> float | None:
+        r"""Of a 95 % interval for other seeds and other documents, :math:`\sqrt{(t\,s_{seeds})^2 + (1.96\,s_{doc})^2}`.
+
+        None for a single seed or document, and beyond the seeds of the table of Student's t.
+        """
+        quantile = T_QUANTILES.get(self.seeds.count - 1)
+        if quantile is None or self.document_error is None or self.seeds.standard_error is None:
+            return None
+        return math.hypot(quantile * self.seeds.standard_error, 1.96 * self.document_error)
 
 
 def difference(side: dict[int, Row], reference: dict[int, Row]) -> Difference | None:

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from typing import Any
 from benchmarks.quality.data import CHOOSING, identity, part_folders
 from benchmarks.quality.experiments import Run, Theme, check, read_theme, runs_of
 from benchmarks.quality.results import Results, chosen_rates
-from benchmarks.quality.single_run import ANSWER
+from benchmarks.quality.single_run import ANSWER, CHECKPOINTS, compact
+from benchmarks.training import read_log
 from linpass.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -204,8 +206,12 @@ class Schedule:
             found = answer.get("diverged", "done")[:100]
             found = f"loss {answer[CHOOSING]['loss']:.4f}" if CHOOSING in answer else found
             shutil.rmtree(child.folder)
+        elif child.stopped and run.theme.resumable:
+            found = "stopped; its checkpoint is kept"
+            with suppress(FileNotFoundError):  # stopped before its first line
+                self.results.add_unfinished(run, compact(read_log(child.folder / CHECKPOINTS)))
         elif child.stopped:
-            found = "stopped; its checkpoint is kept" if run.theme.resumable else "stopped: out of time"
+            found = "stopped: out of time"
         else:
             lines = (child.folder / "output.txt").read_text(encoding="utf-8", errors="replace").split("\n")
             last = next((line for line in reversed(lines) if line.strip()), "no output")

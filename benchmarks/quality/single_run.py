@@ -82,7 +82,8 @@ def train(order: dict[str, Any], folder: Path) -> dict[str, Any] | None:
     words += ["--eval_strategy", "steps", "--save_strategy", "no", "--plot_steps", "1000000"]  # pictures take a second
     words += ["--resume"] if order["resumable"] else []
     try:
-        if training.train(TrainParser().parse(words)) is None:
+        # A run that was stopped while it was measured has its model.
+        if not (folder / MODEL).is_dir() and training.train(TrainParser().parse(words)) is None:
             return None
     except DivergedError as error:
         return {"diverged": str(error), "log": compact(read_log(folder / CHECKPOINTS))}

@@ -3,29 +3,34 @@
 import math
 
 from benchmarks.attention_gpu_report import table
-from benchmarks.quality.results import Finished, Row, Spread, difference, loss, scores
+from benchmarks.quality.data import CHOOSING
+from benchmarks.quality.results import Difference, Finished, Row, Spread, difference, loss, scores
+
+FIRST_POSITIONS = 16  # of a window: the places before have few tokens each, one for every window
 
 LEGEND = (
     "Losses in nats per token; *deviation* between seeds; *less* a side: the difference of runs with the same seed, "
     "and the standard error of its mean; *over documents*: the standard error of that difference over documents, "
-    "paired by document; tokens per second while as many runs shared a GPU as `processes_per_gpu` says."
+    "paired by document; *95 %*: from both errors, seeds by Student's t; tokens per second while as many runs shared a "
+    "GPU as `processes_per_gpu` says."
 )
 
 
 def rates_table(part: Finished) -> list[str]:
     """Loss on the choosing half by side and rate; the lowest is the side's rate."""
-    rates = sorted(part.theme.learning_rates)
+    theme = part.theme
+    rates = sorted({rate for side in theme.sides for rate in theme.rates(side)})
     body, edges = [], []
     for side, rows in part.sides().items():
         losses = {row["flags"]["learning_rate"]: loss(row) for row in rows}
-        best = min(losses, key=lambda rate: losses[rate])
-        cells = [losses.get(rate) for rate in rates]
-        body.append([side, *(mark(value, rate == best) for value, rate in zip(cells, rates, strict=True))])
-        if len(losses) == len(rates) and best in (rates[0], rates[-1]):
+        complete = losses.keys() >= set(theme.rates(side))
+        best = min(losses, key=lambda rate: losses[rate]) if complete else None
+        body.append([side, *(mark(losses.get(rate), rate == best) for rate in rates)])
+        if best in (min(theme.rates(side)), max(theme.rates(side))):
             edges.append(side)
     lines = ["", "Loss on the choosing half:", *table(["side", *(f"{rate:g}" for rate in rates)], body)]
     if edges:
-        lines += ["", f"Best at the edge of the grid, which should be widened for all sides: {', '.join(edges)}."]
+        lines += ["", f"Best at the edge of its grid: {', '.join(edges)}."]
     return lines
 
 
@@ -56,11 +61,49 @@ def loss_table(part: Finished, half: str, untouched: dict[str, Row]) -> list[str
                 with_error(spread.mean, spread.deviation) if spread else None,
                 with_error(apart.seeds.mean, apart.seeds.standard_error, signed=True) if apart else None,
                 number(apart.document_error) if apart else None,
+                interval(apart) if apart else None,
                 f"{Spread.of(speeds).mean:,.0f}" if speeds else None,
             ]
         )
     head = ["side", "parameters", "rate", "seeds", "loss ± deviation", f"less {reference} ± error", "± over documents"]
-    return ["", f"On the {half} half:", *table([*head, "tokens/s"], body)]
+    goal = (
+        ""
+        if part.theme.goal is None
+        else f" The goal, set beforehand, is {part.theme.goal:+g} for {next(iter(sides))}."
+    )
+    return ["", f"On the {half} half.{goal}", *table([*head, "95 %", "tokens/s"], body)]
+
+
+def interval(apart: Difference) -> str | None:
+    if apart.half_width is None:
+        return None
+    return f"{apart.seeds.mean - apart.half_width:+.4f} to {apart.seeds.mean + apart.half_width:+.4f}"
+
+
+def position_table(part: Finished) -> list[str]:
+    """Each side's loss less the reference's by position in the window, mean over seeds, on the choosing half."""
+    apart = by_position(part)
+    if not apart:
+        return []
+    apart = {side: [pair for pair in values if pair[0] >= FIRST_POSITIONS] for side, values in apart.items()}
+    ends = [end for end, _value in next(iter(apart.values()))]
+    body = [[side, *(f"{value:+.3f}" for _end, value in values)] for side, values in apart.items()]
+    text = f"The same difference to {part.theme.reference} by position in the window: up to there, from the one before:"
+    return ["", text, *table(["side", *map(str, ends)], body)]
+
+
+def by_position(part: Finished) -> dict[str, list[tuple[int, float]]]:
+    """{side: [last position of the range, difference to the reference]}, mean over the seeds that both have."""
+    sides = {side: scores(rows, CHOOSING, {}) for side, rows in part.sides().items()}
+    against = sides.pop(part.theme.reference, {})
+    found = {}
+    for side, own in sides.items():
+        seeds = sorted(own.keys() & against.keys())
+        ranges = [zip(own[seed]["by_position"], against[seed]["by_position"], strict=True) for seed in seeds]
+        values = [[(end, mine - other) for (end, mine), (_end, other) in pairs] for pairs in ranges]
+        if values:
+            found[side] = [(same[0][0], Spread.of([v for _end, v in same]).mean) for same in zip(*values, strict=True)]
+    return found
 
 
 def with_error(value: float, error: float | None, signed: bool = False) -> str:
