@@ -472,6 +472,9 @@ def attend_blocks(
         return attend_blocks_fused(
             query_BHND, key_BGMD, value_BGMD, slot_key_BGSD, slot_value_BGSD, layout, first_block_BC
         )
+    for states in (query_BHND, key_BGMD, slot_key_BGSD):
+        # The loop over chunks makes constants of lengths. torch.compile before 2.13 must know it before the function.
+        range(states.shape[2])
     return _AttendBlocks.apply(query_BHND, key_BGMD, value_BGMD, slot_key_BGSD, slot_value_BGSD, layout, first_block_BC)
 
 
