@@ -1135,6 +1135,52 @@ def test_a_row_under_autocast(case, dtype, kernels, launches):
     assert launches == ["forward_kernel", "query_gradient_kernel", "slot_gradient_kernel"]
 
 
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        *((case, torch.bfloat16) for case in (Row(batch=2, groups=2), Row(per_group=True, groups=2))),
+        pytest.param(Row(333, 512, 128, heads=4, groups=2, dim=64), torch.bfloat16, marks=pytest.mark.gpu),
+        pytest.param(
+            Row(333, 512, 128, torch.bfloat16, heads=4, groups=2, dim=64), torch.float16, marks=pytest.mark.gpu
+        ),
+    ],
+)
+def test_a_backward_pass_inside_autocast_keeps_its_dtype(case, dtype, kernels):
+    """Of a forward pass outside: the same bits as outside."""
+    leaves, angles = make_row(case)
+    gradient = output_gradient(case)
+    outside, inside = (over_row(kernels.mix_sequence_and_attend, case, leaves, angles) for _ in range(2))
+    wanted = gradients_by_name(outside, leaves, gradient)
+    with torch.autocast(DEVICE.type, dtype):
+        got = gradients_by_name(inside, leaves, gradient)
+    for part, expected in wanted.items():
+        assert got[part].dtype == expected.dtype, part
+        assert torch.equal(got[part], expected), part
+
+
+@pytest.mark.filterwarnings("ignore:::torch", "ignore:.*should not be instantiated:DeprecationWarning")  # of torch
+@pytest.mark.parametrize("how", ["a row", "blocks", "blocks, rotated", "given slots", "given blocks"])
+def test_one_tensor_may_be_keys_and_values_in_a_compiled_graph(how, kernels):
+    torch.compiler.reset()
+    query, key = (torch.randn(1, 16, heads, 16, device=DEVICE).transpose(1, 2).requires_grad_() for heads in (2, 1))
+    row_weight, block_weight = (
+        torch.randn(*size, device=DEVICE).requires_grad_() for size in ((1, 16, 4), (1, 1, 8, 2))
+    )
+    layout = BlockLayout(8, 12, 2, 99)
+    calls = {
+        "a row": lambda: kernels.mix_sequence_and_attend(query, key, key, (row_weight, row_weight)),
+        "blocks": lambda: kernels.mix_and_attend(query, key, key, (block_weight, block_weight), layout),
+        "blocks, rotated": lambda: kernels.mix_and_attend(query, key, key, (block_weight, block_weight), layout, key),
+        "given slots": lambda: kernels.attend_slots(query, key, key),
+        "given blocks": lambda: kernels.attend_blocks(query, key, key, key[:, :, :4], key[:, :, :4], layout),
+    }
+    runs = []
+    for call in (calls[how], torch.compile(calls[how], fullgraph=True, backend="aot_eager")):
+        output = call()
+        runs.append([output, *torch.autograd.grad(output, [query, key], torch.ones_like(output))])
+    assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
+
+
 def test_the_opposite_angles_turn_a_gradient_back():
     states = torch.randn(2, 3, 5, 8, dtype=torch.float64, requires_grad=True)
     cos, sin = rotary_angles(torch.arange(5)[None] + 0.5, 8, 1e4, torch.float64)
