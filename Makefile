@@ -1,6 +1,7 @@
 # make demo    train a small Linformer on text that Python carries, and let it write
 # make test    the tests
 # make test-slow   the tests of minutes, whose small cases are in make test
+# make test-gpu   the tests that need a CUDA device: make test-gpu TORCH=torch
 # make lint    ruff and pyright
 # make bench   the benchmarks
 # make bench-gpu   attention on a CUDA device beside its rivals, twenty minutes: make bench-gpu TORCH=torch
@@ -23,7 +24,7 @@ WORKERS ?= 2
 # The commands need nothing but what is in this folder and in VENV.
 OFFLINE = HF_HUB_OFFLINE=1
 
-.PHONY: setup demo test test-slow lint bench bench-gpu bench-models
+.PHONY: setup demo test test-slow test-gpu lint bench bench-gpu bench-models
 
 setup: $(READY)
 
@@ -41,6 +42,9 @@ test: setup
 
 test-slow: setup
 	$(OFFLINE) $(VENV)/bin/python -m pytest -m "slow and not gpu"
+
+test-gpu: setup
+	$(OFFLINE) $(VENV)/bin/python -m pytest -m gpu
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from benchmarks.attention_gpu_cases import CUDNN, FLASH, OURS, Shape
+from benchmarks.attention_gpu_measure import ALL_HEADS_CHECKED_TO
 from benchmarks.report_file import table
 
 
@@ -196,7 +197,11 @@ def memory_table(rows: dict[tuple, dict], theme: Theme) -> list[str]:
     ]
     worst = {key: row for key, row in rows.items() if row.get("errors")}
     if worst:
-        lines += ["", "Largest relative error of output and gradients against float64:"]
+        lines += [
+            "",
+            "Largest relative error of output and gradients against float64, of the last row of the batch (of two of "
+            f"its heads beyond {ALL_HEADS_CHECKED_TO:,} tokens):",
+        ]
         lines += by_length(worst, lambda row: max(row["errors"].values()))
     ratio, target = memory_ratio(rows, theme), f" (target: {theme.memory})" if theme.memory else ""
     if ratio:

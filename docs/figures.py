@@ -102,13 +102,25 @@ VARIANTS = {  # colour and line of each variant of benchmarks.attention_gpu
 }
 
 
-def newest_gpu_result() -> dict:
-    """The newest result, with the rows of all files of its day: widths of heads may have been measured one by one."""
-    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("attention_*_*.json"))]
-    ours = [result for result in results if result.get("theme") == "attention_gpu"]
-    newest = max(result["environment"]["date"] for result in ours)
-    found = [result for result in ours if result["environment"]["date"] == newest]
-    return found[0] | {"timing": [row for result in found for row in result["timing"]]}
+def newest_gpu_result(folder: Path = RESULTS) -> dict:
+    """The newest result, with the rows of all files of its day: widths of heads may have been measured one by one.
+
+    Raises:
+        ValueError: two of these files hold the same width, so that one picture would mix two measurements.
+    """
+    results = {path.name: json.loads(path.read_text()) for path in sorted(folder.glob("attention_*_*.json"))}
+    ours = {name: result for name, result in results.items() if result.get("theme") == "attention_gpu"}
+    newest = max(result["environment"]["date"] for result in ours.values())
+    found = {name: result for name, result in ours.items() if result["environment"]["date"] == newest}
+    holders = {}
+    for name, result in found.items():
+        for heads, dim in {(row["heads"], row["dim"]) for row in result["timing"]}:
+            holder = holders.setdefault((heads, dim), name)
+            if holder != name:
+                raise ValueError(
+                    f"{holder} and {name}, both of {newest}, hold {heads} heads of {dim}: keep one of them"
+                )
+    return next(iter(found.values())) | {"timing": [row for result in found.values() for row in result["timing"]]}
 
 
 def crossing(ours: dict[int, float], theirs: dict[int, float]) -> float | None:

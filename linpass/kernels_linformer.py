@@ -19,6 +19,7 @@ Without Triton or CUDA, for float64, and for the rare calls named in :func:`_fit
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -73,7 +74,7 @@ def attend_blocks(
     tensors = _one_dtype(query_BHND, key_BGMD, value_BGMD, slot_key_BGSD, slot_value_BGSD)
     if not _fits(tensors, layout):
         return plain.attend_blocks(*tensors, layout, first_block_BC)
-    return _Attend.apply(*tensors, first_block_BC, list(layout))
+    return _Attend.apply(*_once_each(*tensors), first_block_BC, list(layout))
 
 
 def mix_and_attend(
@@ -94,16 +95,14 @@ def mix_and_attend(
     Cost, invariants: those of :func:`attend_blocks`, and 2·B·G·N·r numbers for the gradients of E and F.
     """
     near = key_BGND if rotated_key_BGND is None else rotated_key_BGND
-    query, near, value, key = _one_dtype(query_BHND, near, value_BGND, key_BGND)
-    if not _fits((query, near, value, key), layout) or not _fits_mixing(query, layout):
+    query, near, value, key = states = _one_dtype(query_BHND, near, value_BGND, key_BGND)
+    if not _fits_mixing(states, layout):
         return plain.mix_and_attend(
             query, key, value, weights, layout, near, slot_angles, block_BC, first_block_BC, attend=attend_blocks
         )
     mixed = None if rotated_key_BGND is None else key
-    if weights[0] is weights[1]:  # torch.compile wants every input of a function once
-        weights = weights[0], weights[1].view_as(weights[1])
-    cos, sin = (None, None) if slot_angles is None else slot_angles
-    return _MixAndAttend.apply(query, near, value, mixed, *weights, cos, sin, block_BC, first_block_BC, list(layout))
+    tensors = _once_each(query, near, value, mixed, *weights)
+    return _MixAndAttend.apply(*tensors, *(slot_angles or (None, None)), block_BC, first_block_BC, list(layout))
 
 
 def mix_and_attend_with_slots(
@@ -121,17 +120,17 @@ def mix_and_attend_with_slots(
 
     Where a gradient is recorded the mixing is PyTorch's: the fused backward pass takes none for the slots.
     """
-    states = (query_BHND, key_BGND, value_BGND, *weights)
-    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in states)
+    given = (query_BHND, key_BGND, value_BGND, *weights)
+    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
     near = key_BGND if rotated_key_BGND is None else rotated_key_BGND
-    query, near, value, key = _one_dtype(query_BHND, near, value_BGND, key_BGND)
-    if recorded or not _fits((query, near, value, key), layout) or not _fits_mixing(query, layout):
+    query, near, value, key = states = _one_dtype(query_BHND, near, value_BGND, key_BGND)
+    if recorded or not _fits_mixing(states, layout):
         slots = plain.mix_keys_and_values(key, value, weights, slot_angles, block_BC)
         return attend_blocks(query, near, value, *slots, layout, first_block_BC), *slots
     mixed = None if rotated_key_BGND is None else key
-    cos, sin = (None, None) if slot_angles is None else slot_angles
+    angles = slot_angles or (None, None)
     output, _, *slots = mix_and_attend_op(
-        query, near, value, mixed, *weights, cos, sin, block_BC, first_block_BC, list(layout)
+        query, near, value, mixed, *weights, *angles, block_BC, first_block_BC, list(layout)
     )
     return output, *slots
 
@@ -147,7 +146,7 @@ def attend_slots(
     tensors = _one_dtype(query_BHND, slot_key_BGKD, slot_value_BGKD)
     if not _fits(tensors, NO_BLOCKS) or not slot_key_BGKD.shape[2]:
         return plain.attend_slots(*tensors, count_B)
-    return _AttendSlots.apply(*tensors, count_B)
+    return _AttendSlots.apply(*_once_each(*tensors), count_B)
 
 
 def mix_sequence_and_attend(
@@ -168,10 +167,8 @@ def mix_sequence_and_attend(
     query, key, value, *mixing = _one_dtype(query_BHND, key_BGND, value_BGND, *weights)
     if not _fits((query, key, value), NO_BLOCKS):
         return plain.mix_sequence_and_attend(query, key, value, mixing, slot_angles)
-    key_weight, value_weight = mixing
-    if key_weight is value_weight:  # torch.compile wants every input of a function once
-        value_weight = value_weight.view_as(value_weight)
-    return _MixSequenceAndAttend.apply(query, key, value, key_weight, value_weight, *(slot_angles or (None, None)))
+    tensors = _once_each(query, key, value, *mixing)
+    return _MixSequenceAndAttend.apply(*tensors, *(slot_angles or (None, None)))
 
 
 def attend_next_token(
@@ -245,8 +242,14 @@ def _fits(tensors: tuple[Tensor, ...], layout: BlockLayout) -> bool:
     return _is_known(query) and (query.shape[-1] <= 128 or _shared_memory(query.device) >= ROOMY)
 
 
-def _fits_mixing(query: Tensor, layout: BlockLayout) -> bool:
-    """All slots that a tile of tokens enters are mixed in one product: some slots, up to 128, in some shared memory."""
+def _fits_mixing(tensors: tuple[Tensor, ...], layout: BlockLayout) -> bool:
+    """:func:`_fits`, and all slots that a tile of tokens enters are mixed in one product.
+
+    That is some slots, up to 128, in some shared memory.
+    """
+    if not _fits(tensors, layout):
+        return False
+    query = tensors[0]
     padded, r = _padded(query.shape[-1]), layout.slots_per_block
     tile = _tile("token", padded, query.element_size())
     slots = _slots_tile(tile.keys, layout.block_size, r) if r else 0
@@ -277,6 +280,18 @@ def _one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     automatic = device == "cuda" and torch.is_autocast_enabled(device) and tensors[0].dtype != torch.float64
     dtype = torch.get_autocast_dtype(device) if automatic else tensors[0].dtype
     return tuple([tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors])
+
+
+def _once_each(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """A view in place of a tensor that came before: torch.compile wants every input of a function once."""
+    found = []
+    for tensor in tensors:
+        for earlier in found:
+            if tensor is earlier and tensor is not None:
+                tensor = tensor.view_as(tensor)
+                break
+        found.append(tensor)
+    return tuple(found)
 
 
 # Tiles by kernel and padded head dimension, in half precision: to 128 those that were the fastest for causal attention
@@ -655,7 +670,10 @@ def _slots_backward_shapes(grad, query, slot_key, slot_value, count, output, log
 
 
 def _sequence_slots(key, value, key_weight, value_weight, cos, sin):
-    """:func:`attention_linformer.mix_sequences`; on tensors without data too, which lie in memory alike."""
+    """What :func:`attention_linformer.mix_sequences` gives.
+
+    torch.compile runs it on tensors without data, to learn shapes and strides of the slots.
+    """
     slot_key, slot_value = _mix_sequence(key, key_weight), _mix_sequence(value, value_weight)
     return slot_key if cos is None else plain.rotate(slot_key, (cos, sin)), slot_value
 
@@ -695,6 +713,19 @@ def _mix_sequence_and_attend_shapes(query, *mixed):
     return *_forward_shapes(query), *_sequence_slots(*mixed)
 
 
+def _in_the_given_dtypes(run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run`` without autocast: a backward pass may be inside one that its forward pass was not in."""
+
+    def exactly(grad: Tensor, *rest: Any) -> Any:
+        if not torch.is_autocast_enabled(grad.device.type):  # asked first: entering a context costs more than that
+            return run(grad, *rest)
+        with plain.exact(grad.device):
+            return run(grad, *rest)
+
+    return exactly
+
+
+@_in_the_given_dtypes
 def _mix_sequence_and_attend_backward(
     grad, query, key, value, key_weight, value_weight, cos, sin, output, logsumexp, slot_key, slot_value, needs_weight
 ):

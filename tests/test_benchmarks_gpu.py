@@ -1,6 +1,8 @@
 """The harness of benchmarks.attention_gpu, with tiny shapes on a CPU: it refuses wrong results and counts floors."""
 
+import importlib.util
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +15,10 @@ from benchmarks import attention_gpu_gate as gate
 from benchmarks.attention_gpu_measure import Repeats
 from linpass import attention_linformer, kernels_linformer
 from linpass.attention_linformer import visible_slots, visible_tokens
+
+_spec = importlib.util.spec_from_file_location("figures", Path(__file__).parent.parent / "docs" / "figures.py")
+figures = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(figures)
 
 CPU = torch.device("cpu")
 SHAPE = cases.Shape(heads=2, dim=16, tokens=96, slots=12, block=16, window=32)
@@ -114,6 +120,23 @@ def test_a_second_run_measures_what_the_first_left_out(tmp_path, monkeypatch):
 
 def leaks(query, key, value, *arguments, **others):
     return attention_linformer.mix_and_attend(query, key, value.roll(-1, 2), *arguments, **others)
+
+
+def test_a_picture_holds_one_measurement_of_each_width(tmp_path):
+    """Files of one day are drawn together, unless two have the same width; older ones are left out."""
+
+    def write(name, date, *widths):
+        timing = [{"heads": heads, "dim": dim, "file": name} for heads, dim in widths]
+        result = {"theme": "attention_gpu", "environment": {"date": date}, "timing": timing}
+        (tmp_path / f"attention_{name}_202611.json").write_text(json.dumps(result))
+
+    write("a", "2026-11-21", (8, 64), (16, 128))
+    write("b", "2026-11-22", (8, 64))
+    write("c", "2026-11-22", (16, 128))
+    assert [row["file"] for row in figures.newest_gpu_result(tmp_path)["timing"]] == ["b", "c"]
+    write("d", "2026-11-22", (16, 128))
+    with pytest.raises(ValueError, match=r"attention_c_202611.json and attention_d_202611.json.*16 heads of 128"):
+        figures.newest_gpu_result(tmp_path)
 
 
 def test_the_gate_sees_the_future():

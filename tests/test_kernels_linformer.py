@@ -944,7 +944,8 @@ class Row:
     one_weight: bool = False  # E is F
     weight_dtype: torch.dtype | None = None
     rotary: bool = True
-    memory: str = "tokens first"
+    memory: str = "tokens first"  # or fused: of one projection; or keys and values "shared by" heads, rows
+    weights: str = "whole"  # or slices, turned: parts of larger tensors
     parts: int = 0
 
 
@@ -960,21 +961,48 @@ def real_row(**changes):
 def make_row(case):
     """Leaves by name, and cos and sin of the slots."""
     order, leaves = MEMORY.get(case.memory, MEMORY["tokens first"]), {}
-    for part, heads in (("query", case.heads), ("key", case.groups), ("value", case.groups)):
-        shape = (case.batch, heads, case.tokens, case.dim)
-        leaves[part] = uniform(case, *(shape[i] for i in order)).requires_grad_()
+    heads = {"query": case.heads, "key": case.groups, "value": case.groups}
+    if case.memory == "fused":
+        leaves["projected"] = uniform(case, case.batch, case.tokens, sum(heads.values()) * case.dim)
+        heads = {}
+    for part, count in heads.items():
+        shared = case.memory if part != "query" else ""
+        shape = [case.batch, count, case.tokens, case.dim]
+        shape[:2] = [1 if shared == "shared by rows" else case.batch, 1 if shared == "shared by heads" else count]
+        leaves[part] = uniform(case, *(shape[i] for i in order))
+    size = [case.groups if case.per_group else 1, case.stored, case.slots]
+    if case.weights != "whole":
+        size = [size[0], case.stored + 3, case.slots + 5]
+    if case.weights == "turned":
+        size[1:] = size[:0:-1]
     for part in ("E",) if case.one_weight else ("E", "F"):
-        weight = uniform(case, case.groups if case.per_group else 1, case.stored, case.slots) / case.tokens**0.5
-        leaves[part] = weight.to(case.weight_dtype or case.dtype).requires_grad_()
+        leaves[part] = (uniform(case, *size) / case.tokens**0.5).to(case.weight_dtype or case.dtype)
+    leaves = {part: leaf.requires_grad_() for part, leaf in leaves.items()}
     if not case.rotary:
         return leaves, None
     return leaves, rotary_angles(sequence_centres(case.stored, case.slots, DEVICE), case.dim, 1e4, case.dtype)
 
 
-def over_row(attend, case, leaves, angles):
+def row_arguments(case, leaves, angles):
+    """Arguments of `mix_sequence_and_attend`, from the leaves; in their dtype."""
     order = MEMORY.get(case.memory, MEMORY["tokens first"])
-    states = (leaves[part].permute([order.index(i) for i in range(4)]) for part in ("query", "key", "value"))
-    return attend(*states, (leaves["E"], leaves.get("F", leaves["E"])), angles)
+    if case.memory == "fused":
+        heads = leaves["projected"].unflatten(-1, (-1, case.dim)).transpose(1, 2)
+        states = heads.split((case.heads, case.groups, case.groups), 1)
+    else:
+        turned = (leaves[part].permute([order.index(i) for i in range(4)]) for part in ("query", "key", "value"))
+        query, *mixed = turned
+        states = (query, *(each.expand(case.batch, case.groups, -1, -1) for each in mixed))
+    weights = [leaves[part] for part in ("E", "F") if part in leaves]
+    if case.weights == "turned":
+        weights = [weight.mT for weight in weights]
+    if case.weights != "whole":  # rows from 2 on, slots from 3 on
+        weights = [weight[:, 2 : 2 + case.stored, 3 : 3 + case.slots] for weight in weights]
+    return *states, (weights[0], weights[-1]), angles
+
+
+def over_row(attend, case, leaves, angles):
+    return attend(*row_arguments(case, leaves, angles))
 
 
 def oracle_over_row(query, key, value, weights, angles):
@@ -1019,6 +1047,12 @@ def check_row(kernels, case):
         row(dtype=torch.float16, weight_dtype=torch.float32),
         *(row(memory=memory, groups=2, batch=1) for memory in ("heads first", "features first", "expanded gradient")),
         row(memory="features first", per_group=True, groups=2),
+        *(row(memory="fused", groups=2, per_group=sets, rotary=sets) for sets in (False, True)),
+        row(memory="fused", groups=2, tokens=63, heads=4, one_weight=True, dtype=torch.float16),
+        *(row(memory=memory, groups=2, rotary=False) for memory in ("shared by heads", "shared by rows")),
+        *(row(weights=weights, groups=2, rotary=False) for weights in ("slices", "turned")),
+        row(weights="turned", memory="fused", groups=2, tokens=63, rotary=False),
+        row(weights="slices", memory="fused", groups=2, per_group=True, rotary=False),
         real_row(),
         real_row(dtype=torch.float16),
         real_row(dtype=torch.float32),
@@ -1029,6 +1063,10 @@ def check_row(kernels, case):
         real_row(one_weight=True, batch=1),
         real_row(weight_dtype=torch.float32),
         *(real_row(memory=memory) for memory in ("heads first", "features first", "expanded gradient")),
+        *(real_row(memory="fused", per_group=sets) for sets in (False, True)),
+        real_row(memory="fused", tokens=513, one_weight=True),
+        *(real_row(memory=memory) for memory in ("shared by heads", "shared by rows")),
+        *(real_row(weights=weights, memory="fused") for weights in ("slices", "turned")),
     ],
 )
 def test_mixing_a_row_and_attention_are_within_the_table(case, kernels, launches, monkeypatch):
@@ -1041,7 +1079,7 @@ def test_mixing_a_row_and_attention_are_within_the_table(case, kernels, launches
         assert all(got[part].is_contiguous() for part in ("query", "key", "value"))
         for part in ("key", "value"):
             assert not got[part][:, case.stored :].any()
-    for part in {"E", "F"} & got.keys():
+    for part in {"E", "F"} & got.keys() if case.weights == "whole" else ():
         assert not got[part][:, case.tokens :].any()
 
 
@@ -1097,6 +1135,52 @@ def test_a_row_under_autocast(case, dtype, kernels, launches):
     assert launches == ["forward_kernel", "query_gradient_kernel", "slot_gradient_kernel"]
 
 
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        *((case, torch.bfloat16) for case in (Row(batch=2, groups=2), Row(per_group=True, groups=2))),
+        pytest.param(Row(333, 512, 128, heads=4, groups=2, dim=64), torch.bfloat16, marks=pytest.mark.gpu),
+        pytest.param(
+            Row(333, 512, 128, torch.bfloat16, heads=4, groups=2, dim=64), torch.float16, marks=pytest.mark.gpu
+        ),
+    ],
+)
+def test_a_backward_pass_inside_autocast_keeps_its_dtype(case, dtype, kernels):
+    """Of a forward pass outside: the same bits as outside."""
+    leaves, angles = make_row(case)
+    gradient = output_gradient(case)
+    outside, inside = (over_row(kernels.mix_sequence_and_attend, case, leaves, angles) for _ in range(2))
+    wanted = gradients_by_name(outside, leaves, gradient)
+    with torch.autocast(DEVICE.type, dtype):
+        got = gradients_by_name(inside, leaves, gradient)
+    for part, expected in wanted.items():
+        assert got[part].dtype == expected.dtype, part
+        assert torch.equal(got[part], expected), part
+
+
+@pytest.mark.filterwarnings("ignore:::torch", "ignore:.*should not be instantiated:DeprecationWarning")  # of torch
+@pytest.mark.parametrize("how", ["a row", "blocks", "blocks, rotated", "given slots", "given blocks"])
+def test_one_tensor_may_be_keys_and_values_in_a_compiled_graph(how, kernels):
+    torch.compiler.reset()
+    query, key = (torch.randn(1, 16, heads, 16, device=DEVICE).transpose(1, 2).requires_grad_() for heads in (2, 1))
+    row_weight, block_weight = (
+        torch.randn(*size, device=DEVICE).requires_grad_() for size in ((1, 16, 4), (1, 1, 8, 2))
+    )
+    layout = BlockLayout(8, 12, 2, 99)
+    calls = {
+        "a row": lambda: kernels.mix_sequence_and_attend(query, key, key, (row_weight, row_weight)),
+        "blocks": lambda: kernels.mix_and_attend(query, key, key, (block_weight, block_weight), layout),
+        "blocks, rotated": lambda: kernels.mix_and_attend(query, key, key, (block_weight, block_weight), layout, key),
+        "given slots": lambda: kernels.attend_slots(query, key, key),
+        "given blocks": lambda: kernels.attend_blocks(query, key, key, key[:, :, :4], key[:, :, :4], layout),
+    }
+    runs = []
+    for call in (calls[how], torch.compile(calls[how], fullgraph=True, backend="aot_eager")):
+        output = call()
+        runs.append([output, *torch.autograd.grad(output, [query, key], torch.ones_like(output))])
+    assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
+
+
 def test_the_opposite_angles_turn_a_gradient_back():
     states = torch.randn(2, 3, 5, 8, dtype=torch.float64, requires_grad=True)
     cos, sin = rotary_angles(torch.arange(5)[None] + 0.5, 8, 1e4, torch.float64)
@@ -1141,17 +1225,21 @@ def test_mixing_a_row_and_attention_are_one_call_each_way(per_group, kernels):
         row(tokens=7, stored=9, slots=3, groups=2, per_group=True),
         row(tokens=9, stored=7, slots=3, groups=2, per_group=True, batch=1, rotary=False),
         row(tokens=9, stored=7, slots=3, memory="features first"),
+        *(row(tokens=7, stored=9, slots=3, groups=2, memory="fused", per_group=sets) for sets in (False, True)),
+        *(row(tokens=7, stored=9, slots=3, groups=2, memory=f"shared by {what}") for what in ("heads", "rows")),
+        *(row(tokens=7, stored=9, slots=3, groups=2, weights=weights) for weights in ("slices", "turned")),
         real_row(),
         real_row(per_group=True),
+        *(real_row(memory="fused", per_group=sets) for sets in (False, True)),
+        real_row(memory="fused", weights="turned"),
     ],
 )
 def test_the_operators_of_a_row_keep_their_promises(case, kernels):
     """Schema, and shapes, dtypes and strides that torch.compile is told."""
     leaves, angles = make_row(case)
     leaves = {part: leaf.detach() for part, leaf in leaves.items()}
-    order = MEMORY.get(case.memory, MEMORY["tokens first"])
-    states = [leaves[part].permute([order.index(i) for i in range(4)]) for part in ("query", "key", "value")]
-    arguments = (*states, leaves["E"], leaves["F"], *(angles or (None, None)))
+    *states, weights, angles = row_arguments(case, leaves, angles)
+    arguments = (*states, *weights, *(angles or (None, None)))
     tests = {"test_utils": ("test_schema", "test_faketensor")}
     torch.library.opcheck(kernels.mix_sequence_and_attend_op, arguments, **tests)
     results = kernels.mix_sequence_and_attend_op(*arguments)
