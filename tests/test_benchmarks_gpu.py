@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import attention_gpu, attention_gpu_report
+from benchmarks import attention_gpu, attention_gpu_profile, attention_gpu_report
 from benchmarks import attention_gpu_bidirectional as bidirectional
 from benchmarks import attention_gpu_cases as cases
 from benchmarks import attention_gpu_gate as gate
@@ -233,3 +233,26 @@ def test_every_query_is_paired_with_every_slot():
     flop = 3 * shape.heads * (14 * shape.dim * shape.pairs + 12 * shape.tokens * shape.slots * shape.dim)
     limited = attention_gpu_report.floor(shape, 3, flop_per_s=1e6, bytes_per_s=1e15)
     assert limited["floor_ms"] == pytest.approx(flop / 1e3, rel=1e-6)
+
+
+def test_the_profile_of_a_call_becomes_a_table(tmp_path, capsys):
+    head = '"ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"'
+    rows = [
+        ("0", "forward_kernel(int)", "Speed", "Duration", "us", "1,234.5"),
+        ("0", "forward_kernel(int)", "Speed", "DRAM Throughput", "%", "41.25"),
+        ("0", "forward_kernel(int)", "Speed", "SM Frequency", "Ghz", "1.9"),
+        ("1", "sum(float)", "Speed", "Duration", "ns", "2500"),
+    ]
+    lines = ["==PROF== Connected", head, *(",".join(f'"{cell}"' for cell in row) for row in rows)]
+    (tmp_path / "profile.csv").write_text("\n".join(lines))
+    attention_gpu_profile.main(["--table", str(tmp_path / "profile.csv")])
+    printed = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.strip().split("\n")]
+    assert printed[0][:3] == ["kernel", "µs", "DRAM, %"]
+    assert printed[2][:3] == ["forward_kernel", "1234", "41.25"]
+    assert printed[3][:3] == ["sum", "2.5", ""]
+    with pytest.raises(ValueError, match="no line begins with"):
+        attention_gpu_profile.profile_table(["nothing"])
+
+
+def test_the_call_for_a_profile_runs():
+    attention_gpu_profile.main(["--tokens", "256"])
