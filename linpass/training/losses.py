@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -269,6 +270,10 @@ class LogitsFreeForward:
             target = F.pad(labels, (0, 1), value=-100)[..., 1:] if shift_labels is None else shift_labels
         hidden = outputs.last_hidden_state
         head: Any = self.model.get_output_embeddings()
+        if isinstance(head, FSDPModule) and not torch.is_grad_enabled():
+            # FSDP gathers the head with the last norm, and before torch 2.13 gathers neither again until both have run;
+            # a backward pass sets that right, an evaluation has none.
+            head(hidden[..., :0, :])
         loss: Any = linear_cross_entropy(
             hidden.flatten(0, -2),
             head.weight,
