@@ -84,18 +84,37 @@ def uniform(case, *shape, dtype=None):
     return torch.randn(*shape, device=DEVICE).to(dtype or case.dtype)
 
 
+def memory_order(case):
+    return MEMORY.get(case.memory, MEMORY["tokens first"])
+
+
+def in_memory(case, *shape):
+    """What is [B, H, N, D] to a caller, as it lies in memory."""
+    return uniform(case, *(shape[i] for i in memory_order(case)))
+
+
+def as_called(case, leaf):
+    """[B, H, N, D] again."""
+    order = memory_order(case)
+    return leaf.permute([order.index(i) for i in range(4)])
+
+
+def split_projection(case, projected):
+    """Queries, keys and values, slices of one tensor."""
+    heads = projected.unflatten(-1, (-1, case.dim)).transpose(1, 2)
+    return heads.split((case.heads, case.groups, case.groups), 1)
+
+
 def make_leaves(case):
     """What gradients are wanted of, by name."""
-    order, leaves = MEMORY.get(case.memory, MEMORY["tokens first"]), {}
-    heads = {"query": case.heads, "key": case.groups, "value": case.groups}
+    leaves, heads = {}, {"query": case.heads, "key": case.groups, "value": case.groups}
     if case.memory == "fused":
         leaves["projected"] = uniform(case, case.batch, case.tokens, sum(heads.values()) * case.dim)
         heads = {}
     if case.rotary:
         heads["near"] = case.groups
     for part, count in heads.items():
-        shape = (case.batch, count, case.tokens, case.dim)
-        leaves[part] = uniform(case, *(shape[i] for i in order))
+        leaves[part] = in_memory(case, case.batch, count, case.tokens, case.dim)
     if case.mixing != "pooling":
         sets = case.groups if case.per_group else 1
         stored = case.stored if case.mixing == "learned" else 1
@@ -107,13 +126,10 @@ def make_leaves(case):
 
 def arguments(case, leaves, grid):
     """Arguments of mix_and_attend, from the leaves; in their dtype."""
-    order = MEMORY.get(case.memory, MEMORY["tokens first"])
-    back = [order.index(i) for i in range(4)]
-    states = {part: leaf.permute(back) for part, leaf in leaves.items() if part in ("query", "key", "value", "near")}
+    given = (part for part in ("query", "key", "value", "near") if part in leaves)
+    states = {part: as_called(case, leaves[part]) for part in given}
     if case.memory == "fused":
-        heads = leaves["projected"].unflatten(-1, (-1, case.dim)).transpose(1, 2)
-        split = heads.split((case.heads, case.groups, case.groups), 1)
-        states |= zip(("query", "key", "value"), split, strict=True)
+        states |= zip(("query", "key", "value"), split_projection(case, leaves["projected"]), strict=True)
     dtype = states["query"].dtype
     if case.mixing == "pooling":
         key_weight = pooling_weight(case.block, case.slots, dtype, DEVICE)[None, None]
@@ -775,20 +791,18 @@ def real_both_ways(**changes):
 
 def make_slots(case):
     """Query, slot key, slot value, as leaves by name, and the count."""
-    order, leaves = MEMORY.get(case.memory, MEMORY["tokens first"]), {}
+    leaves = {}
     for part, heads, rows in (
         ("query", case.heads, case.tokens),
         ("slot key", case.groups, case.slots),
         ("slot value", case.groups, case.slots),
     ):
-        shape = (case.batch, heads, rows, case.dim)
-        leaves[part] = uniform(case, *(shape[i] for i in order)).requires_grad_()
+        leaves[part] = in_memory(case, case.batch, heads, rows, case.dim).requires_grad_()
     return leaves, None if case.count is None else torch.tensor(case.count, device=DEVICE)
 
 
 def over_slots(attend, case, leaves, count):
-    order = MEMORY.get(case.memory, MEMORY["tokens first"])
-    return attend(*(leaf.permute([order.index(i) for i in range(4)]) for leaf in leaves.values()), count)
+    return attend(*(as_called(case, leaf) for leaf in leaves.values()), count)
 
 
 def oracle_over_slots(query, slot_key, slot_value, count):
@@ -960,16 +974,15 @@ def real_row(**changes):
 
 def make_row(case):
     """Leaves by name, and cos and sin of the slots."""
-    order, leaves = MEMORY.get(case.memory, MEMORY["tokens first"]), {}
-    heads = {"query": case.heads, "key": case.groups, "value": case.groups}
+    leaves, heads = {}, {"query": case.heads, "key": case.groups, "value": case.groups}
     if case.memory == "fused":
         leaves["projected"] = uniform(case, case.batch, case.tokens, sum(heads.values()) * case.dim)
         heads = {}
     for part, count in heads.items():
         shared = case.memory if part != "query" else ""
-        shape = [case.batch, count, case.tokens, case.dim]
-        shape[:2] = [1 if shared == "shared by rows" else case.batch, 1 if shared == "shared by heads" else count]
-        leaves[part] = uniform(case, *(shape[i] for i in order))
+        rows = 1 if shared == "shared by rows" else case.batch
+        count = 1 if shared == "shared by heads" else count
+        leaves[part] = in_memory(case, rows, count, case.tokens, case.dim)
     size = [case.groups if case.per_group else 1, case.stored, case.slots]
     if case.weights != "whole":
         size = [size[0], case.stored + 3, case.slots + 5]
@@ -985,13 +998,10 @@ def make_row(case):
 
 def row_arguments(case, leaves, angles):
     """Arguments of `mix_sequence_and_attend`, from the leaves; in their dtype."""
-    order = MEMORY.get(case.memory, MEMORY["tokens first"])
     if case.memory == "fused":
-        heads = leaves["projected"].unflatten(-1, (-1, case.dim)).transpose(1, 2)
-        states = heads.split((case.heads, case.groups, case.groups), 1)
+        states = split_projection(case, leaves["projected"])
     else:
-        turned = (leaves[part].permute([order.index(i) for i in range(4)]) for part in ("query", "key", "value"))
-        query, *mixed = turned
+        query, *mixed = (as_called(case, leaves[part]) for part in ("query", "key", "value"))
         states = (query, *(each.expand(case.batch, case.groups, -1, -1) for each in mixed))
     weights = [leaves[part] for part in ("E", "F") if part in leaves]
     if case.weights == "turned":
