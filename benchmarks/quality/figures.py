@@ -26,7 +26,6 @@ NAMES = {
     "llama": "Llama",
     "window": "window only",
 }
-FEWEST_SHOWN = 16  # positions
 LINES = ("-", "--", ":", "-.")
 
 
@@ -59,9 +58,8 @@ def draw_positions(path: Path, apart: dict[int, dict[str, list[tuple[int, float]
     panels = figure.subplots(1, len(apart), squeeze=False)[0]
     for axes, (n, sides) in zip(panels, sorted(apart.items()), strict=True):
         for number, (side, values) in enumerate(sides.items()):
-            shown = [(end, value) for end, value in values if end >= FEWEST_SHOWN]
             name = NAMES.get(side, side).replace("\n", " ")
-            axes.plot(*zip(*shown, strict=True), marker="o", ms=3.5, color=COLOURS.get(side, f"C{number}"), label=name)
+            axes.plot(*zip(*values, strict=True), marker="o", ms=3.5, color=COLOURS.get(side, f"C{number}"), label=name)
         axes.axhline(0, color="#000000", lw=0.8)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:.0f}")

@@ -6,7 +6,7 @@ from benchmarks.attention_gpu_report import table
 from benchmarks.quality.data import CHOOSING
 from benchmarks.quality.results import Difference, Finished, Row, Spread, difference, loss, scores
 
-FIRST_POSITIONS = 16  # of a window: the places before have few tokens each, one for every window
+FIRST_END = 16  # of ranges of positions: those before have few tokens, one to eight of every window
 
 LEGEND = (
     "Losses in nats per token; *deviation* between seeds; *less* a side: the difference of runs with the same seed, "
@@ -66,12 +66,10 @@ def loss_table(part: Finished, half: str, untouched: dict[str, Row]) -> list[str
             ]
         )
     head = ["side", "parameters", "rate", "seeds", "loss ± deviation", f"less {reference} ± error", "± over documents"]
-    goal = (
-        ""
-        if part.theme.goal is None
-        else f" The goal, set beforehand, is {part.theme.goal:+g} for {next(iter(sides))}."
-    )
-    return ["", f"On the {half} half.{goal}", *table([*head, "95 %", "tokens/s"], body)]
+    text = f"On the {half} half."
+    if part.theme.goal is not None:
+        text += f" The goal, set beforehand, is {part.theme.goal:+g} for {next(iter(sides))}."
+    return ["", text, *table([*head, "95 %", "tokens/s"], body)]
 
 
 def interval(apart: Difference) -> str | None:
@@ -85,7 +83,6 @@ def position_table(part: Finished) -> list[str]:
     apart = by_position(part)
     if not apart:
         return []
-    apart = {side: [pair for pair in values if pair[0] >= FIRST_POSITIONS] for side, values in apart.items()}
     ends = [end for end, _value in next(iter(apart.values()))]
     body = [[side, *(f"{value:+.3f}" for _end, value in values)] for side, values in apart.items()]
     text = f"The same difference to {part.theme.reference} by position in the window: up to there, from the one before:"
@@ -100,7 +97,7 @@ def by_position(part: Finished) -> dict[str, list[tuple[int, float]]]:
     for side, own in sides.items():
         seeds = sorted(own.keys() & against.keys())
         ranges = [zip(own[seed]["by_position"], against[seed]["by_position"], strict=True) for seed in seeds]
-        values = [[(end, mine - other) for (end, mine), (_end, other) in pairs] for pairs in ranges]
+        values = [[(end, mine - other) for (end, mine), (_, other) in pairs if end >= FIRST_END] for pairs in ranges]
         if values:
             found[side] = [(same[0][0], Spread.of([v for _end, v in same]).mean) for same in zip(*values, strict=True)]
     return found
