@@ -23,7 +23,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.autograd.function import once_differentiable
 
 from . import attention_linformer as plain
@@ -931,16 +931,16 @@ def _mixed_backward_shapes(
 def _operators(**operators: tuple[str, Any, Any]) -> list[Any]:
     """Operators that torch.compile takes as they are, from schema, function and shapes of the outputs.
 
-    ``torch.library.custom_op`` would do the same and cost a tenth of a millisecond a call. A copy of this file in a
+    PyTorch's ``custom_op`` would do the same and cost a tenth of a millisecond a call. A copy of this file in a
     saved folder, or the same file loaded again, has a namespace of its own.
     """
     namespace = re.sub(r"\W", "_", __name__, flags=re.ASCII)  # folders may be called anything
     while any(hasattr(getattr(torch.ops, namespace), name) for name in operators):
         namespace += "_"
     for name, (schema, run, shapes) in operators.items():
-        torch.library.define(f"{namespace}::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
-        torch.library.impl(f"{namespace}::{name}", "default", run)
-        torch.library.register_fake(f"{namespace}::{name}", shapes)
+        library.define(f"{namespace}::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
+        library.impl(f"{namespace}::{name}", "default", run)
+        library.register_fake(f"{namespace}::{name}", shapes)
     return [getattr(getattr(torch.ops, namespace), name).default for name in operators]
 
 
