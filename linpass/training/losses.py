@@ -270,7 +270,7 @@ class LogitsFreeForward:
             target = F.pad(labels, (0, 1), value=-100)[..., 1:] if shift_labels is None else shift_labels
         hidden = outputs.last_hidden_state
         head: Any = self.model.get_output_embeddings()
-        if isinstance(head, FSDPModule) and not torch.is_grad_enabled():
+        if issubclass(type(head), FSDPModule) and not torch.is_grad_enabled():
             # FSDP gathers the head with the last norm, and before torch 2.13 gathers neither again until both have run;
             # a backward pass sets that right, an evaluation has none.
             head(hidden[..., :0, :])
