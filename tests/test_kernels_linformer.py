@@ -1305,3 +1305,65 @@ def test_encoders_take_the_kernels(projection, mask_given, kernels, launches):
 def test_real_encoders_take_the_kernels(projection, sharing, mask_given, kernels, launches):
     fields = {"seq_length": 512, "k": 64, "num_key_value_heads": 2, "projection_sharing": sharing}
     check_encoder(projection, launches, mask_given, **fields)
+
+
+class Compiled:
+    """A compiled kernel that says how it was started."""
+
+    function, packed_metadata = "function", "metadata"
+
+    def __init__(self):
+        self.started = []
+
+    def run(self, *given):
+        self.started.append(given)
+
+    def __getitem__(self, grid):
+        return lambda *given: self.started.append(("Triton", *given))
+
+
+@pytest.mark.parametrize("version", ["known", "profiled", "older"])
+def test_a_kernel_starts_without_tritons_preparations_but_not_past_its_profiler(kernels, monkeypatch, version):
+    hooks = SimpleNamespace(launch_enter_hook=SimpleNamespace(calls=[]), launch_exit_hook=SimpleNamespace(calls=[]))
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_stream={5: "stream of device 5"}.get))
+    triton = SimpleNamespace(runtime=SimpleNamespace(driver=driver))
+    if version != "older":
+        triton.knobs = SimpleNamespace(runtime=hooks)
+    monkeypatch.setattr(kernels, "triton", triton)
+    compiled = Compiled()
+    start = kernels._starter(compiled, (2, 3, 1), 5)
+    if version == "profiled":  # by one that comes after the first launch
+        hooks.launch_exit_hook.calls.append(print)
+    start("address", 1)
+    prepared = (2, 3, 1, "stream of device 5", "function", "metadata", None, None, None, "address", 1)
+    assert compiled.started == [prepared if version == "known" else ("Triton", "address", 1)]
+
+
+@pytest.mark.gpu
+def test_a_weight_left_on_the_cpu_is_an_error_in_every_call():
+    case = small(tokens=40, dtype=torch.bfloat16)
+    query, key, value = (torch.randn(1, 2, 40, 16, device=DEVICE, dtype=case.dtype) for _ in range(3))
+    weights = torch.randn(2, 1, 1, 8, 2, dtype=case.dtype)
+    layout = BlockLayout(8, 20, 2, 9)
+    linpass.kernels_linformer.mix_and_attend(query, key, value, tuple(weights.to(DEVICE)), layout)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="cpu tensor"):
+            linpass.kernels_linformer.mix_and_attend(query, key, value, tuple(weights), layout)
+    linpass.kernels_linformer.mix_and_attend(query, key, value, tuple(weights.to(DEVICE)), layout)
+    torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+def test_tritons_profiler_hears_of_every_launch():
+    hooks = linpass.kernels_linformer.triton.knobs.runtime
+    query, slots = (torch.randn(1, 2, length, 16, device=DEVICE, dtype=torch.bfloat16) for length in (40, 16))
+    linpass.kernels_linformer.attend_slots(query, slots, slots)
+    heard = []
+    hooks.launch_enter_hook.add(heard.append)
+    try:
+        for _ in range(2):
+            linpass.kernels_linformer.attend_slots(query, slots, slots)
+    finally:
+        hooks.launch_enter_hook.remove(heard.append)
+    linpass.kernels_linformer.attend_slots(query, slots, slots)
+    assert len(heard) == 2
