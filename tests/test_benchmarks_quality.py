@@ -47,6 +47,7 @@ TINY = {
     "untouched": True,
     "sample": True,
     "goal": -0.5,
+    "also_against": ["linformer"],
 }
 
 
@@ -80,6 +81,9 @@ def test_a_flag_that_does_not_exist_is_refused(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps(TINY | {"colour": "red"}))
     with pytest.raises(InputError, match="sets colour"):
         read_theme(str(tmp_path / "x.json"))
+    (tmp_path / "x.json").write_text(json.dumps(TINY | {"also_against": ["half"]}))
+    with pytest.raises(InputError, match="also_against=.'half'. must be sides"):
+        read_theme(str(tmp_path / "x.json"))
 
 
 @pytest.mark.parametrize("n", [1024, 4096])
@@ -100,7 +104,8 @@ def test_the_sides_of_the_claim_have_equal_budgets(n):
             if run.side == "full":
                 assert parsed.model.k == 0
                 assert parsed.model.window_size >= n
-    assert set(sizes) == {"linformer", "full", "gpt2", "llama", "window", "window of k + w", "full, no QK-norm"}
+    sides = {"linformer", "full", "gpt2", "llama", "window", "window of k + w", "full, no QK-norm"}
+    assert set(sizes) == sides | ({"linformer, no QK-norm"} if n == 1024 else set())
     assert max(sizes.values()) < 1.01 * min(sizes.values())
     assert len(budgets) == 1
 
@@ -112,6 +117,7 @@ def test_the_claim_has_seeds_that_no_rate_was_chosen_with_and_shares_runs_with_t
     ablations = {run.side: run.key for run in runs_for_all_sides("ablations")}
     assert claim["linformer"] == ablations["base"]
     assert claim["full"] == ablations["full attention"]
+    assert claim["linformer, no QK-norm"] == ablations["no QK-norm"]
 
 
 def test_a_side_may_have_rates_and_seeds_of_its_own():
@@ -245,8 +251,8 @@ def test_the_queue_trains_measures_and_cleans_up(ran):
 
 def test_a_run_that_is_stopped_goes_on(prepared, tmp_path, capsys, monkeypatch):
     """Its log stands in the results, as unfinished. Then it ends with all steps; stopped again, it is measured only."""
-    one_side = {"sides": {"full": {"k": 0, "window_size": 64}}, "resumable": True, "tokens": 64 * 8 * 200}
-    (tmp_path / "tiny.json").write_text(json.dumps(TINY | one_side))
+    one_side = {"sides": {"full": {"k": 0, "window_size": 64}}, "also_against": [], "resumable": True}
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY | one_side | {"tokens": 64 * 8 * 200}))
     settings = Settings(prepared[0], tmp_path / "results", 100, scratch=tmp_path / "scratch")
     schedule = Schedule([str(tmp_path / "tiny.json")], settings)
     schedule.start(schedule.left()[0], None)
@@ -324,6 +330,7 @@ def test_the_report_shows_the_untouched_half_when_it_is_asked_for(ran):
     assert f"{losses['full']:.4f}" in tables[UNTOUCHED]
     assert f"{losses['linformer'] - losses['full']:+.4f}" in tables[UNTOUCHED]
     assert f"{losses['full']:.4f}" not in tables[CHOOSING]
+    assert f"| full | 1 | {losses['full'] - losses['linformer']:+.4f} |" in tables[UNTOUCHED]
     assert "The goal, set beforehand, is -0.5 for linformer" in tables[CHOOSING]
 
 

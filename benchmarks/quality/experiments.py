@@ -13,12 +13,12 @@ A theme holds
 ``seeds``           one run of every side each; all sides with the first seed come first
 ``reference``       the side that the others are compared with
 
-and, where they hold, ``goal`` (a difference to the reference, nats, set beforehand), ``untouched`` (score that half
-too), ``sample`` (let the models write), ``resumable`` (longer than one command), ``evaluations`` (along the way),
-``alone`` (one process on a GPU, for speed), ``evaluate`` false (speed only). In a side, ``learning_rates`` and
-``seeds`` are its own, ``rate_of`` names the side of the sweep whose rate it takes, if not its own, ``program`` another
-program than ``linpass train``, and ``variant`` a change of the model that the package has no field for
-(``variants.py``).
+and, where they hold, ``goal`` (a difference to the reference, nats, set beforehand), ``also_against`` (sides that the
+others are compared with as well), ``untouched`` (score that half too), ``sample`` (let the models write), ``resumable``
+(longer than one command), ``evaluations`` (along the way), ``alone`` (one process on a GPU, for speed), ``evaluate``
+false (speed only). In a side, ``learning_rates`` and ``seeds`` are its own, ``rate_of`` names the side of the sweep
+whose rate it takes, if not its own, ``program`` another program than ``linpass train``, and ``variant`` a change of the
+model that the package has no field for (``variants.py``).
 """
 
 import hashlib
@@ -34,7 +34,7 @@ from linpass.training.arguments import read_preset
 
 FOLDER = Path(__file__).parent
 KEYS = {"question", "preset", "tokens", "flags", "sides", "learning_rates", "rates_of", "rate_of", "seeds", "reference"}
-KEYS |= {"goal", "parts", "untouched", "sample", "resumable", "evaluations", "alone", "evaluate"}
+KEYS |= {"goal", "also_against", "parts", "untouched", "sample", "resumable", "evaluations", "alone", "evaluate"}
 OF_SIDES = {"learning_rates", "seeds", "rate_of", "program", "variant"}  # what a side may set that is no flag
 LINPASS, LEAKING = "linpass train", "leaking"
 # A rehearsal on a processor: sizes at which every run of every theme takes seconds.
@@ -59,6 +59,7 @@ class Theme:
     rates_of: str | None = None
     rate_of: str | None = None
     goal: float | None = None
+    also_against: list[str] = field(default_factory=list)
     parts: int = 1
     untouched: bool = False
     sample: bool = False
@@ -130,6 +131,8 @@ def read_theme(name: str, smoke: bool = False) -> Theme:
         raise InputError(f"theme={name!r} must have either learning_rates or rates_of")
     if theme.reference not in theme.sides:
         raise InputError(f"theme={name!r}: reference={theme.reference!r} must be one of its sides")
+    if not set(theme.also_against) <= set(theme.sides):
+        raise InputError(f"theme={name!r}: also_against={theme.also_against!r} must be sides of it")
     if smoke:
         flags = theme.flags | SMOKE
         return replace(theme, flags=flags, tokens=SMOKE_STEPS * flags["seq_length"], parts=1)

@@ -21,7 +21,7 @@ COLOURS = {
 }
 NAMES = {
     "linformer": "Linformer",
-    "full": "full attention,\nsame class",
+    "full": "full attention, same class",
     "gpt2": "GPT-2",
     "llama": "Llama",
     "window": "window only",
@@ -31,23 +31,24 @@ LINES = ("-", "--", ":", "-.")
 
 def draw_claim(path: Path, points: dict[int, dict[str, dict[int, float]]]) -> None:
     """A panel for each n, {n: {side: {seed: loss}}}: every seed a point, the mean a line."""
-    figure = Figure(figsize=(5 * len(points), 3.8), layout="constrained")
+    rows = max(map(len, points.values()))
+    figure = Figure(figsize=(5 * len(points), 1.2 + 0.36 * rows), layout="constrained")
     panels = figure.subplots(1, len(points), squeeze=False)[0]
     for axes, (n, sides) in zip(panels, sorted(points.items()), strict=True):
         for place, (side, found) in enumerate(sides.items()):
             losses = list(found.values())
             colour, mean = COLOURS.get(side, "#888888"), statistics.mean(losses)
-            axes.plot([place - 0.25, place + 0.25], [mean, mean], color=colour, lw=2)
-            shifts = [(number - (len(losses) - 1) / 2) * 0.12 for number in range(len(losses))]
-            axes.plot([place + shift for shift in shifts], losses, "o", color=colour, ms=5, alpha=0.7)
-            axes.annotate(
-                f"{mean:.3f}", (place, max(losses)), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8
-            )
-        axes.set_xticks(range(len(sides)), [NAMES.get(side, side) for side in sides], fontsize=8)
-        axes.margins(x=0.1, y=0.18)
+            axes.plot([mean, mean], [place - 0.3, place + 0.3], color=colour, lw=2)
+            shifts = [(number - (len(losses) - 1) / 2) * 0.16 for number in range(len(losses))]
+            axes.plot(losses, [place + shift for shift in shifts], "o", color=colour, ms=5, alpha=0.7)
+            beside = {"xytext": (8, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
+            axes.annotate(f"{mean:.3f}", (max(losses), place), **beside)
+        axes.set_yticks(range(len(sides)), [NAMES.get(side, side) for side in sides], fontsize=8)
+        axes.invert_yaxis()
+        axes.margins(x=0.18, y=0.06)
         axes.set_title(f"n = {n}", fontsize=10)
-        axes.set_ylabel("validation loss, nats per token")
-        axes.grid(alpha=0.3, axis="y")
+        axes.set_xlabel("validation loss, nats per token")
+        axes.grid(alpha=0.3, axis="x")
     figure.suptitle("Choosing half: every seed a point; line and number: mean", fontsize=10)
     figure.savefig(path, dpi=120)
 
@@ -58,7 +59,7 @@ def draw_positions(path: Path, apart: dict[int, dict[str, list[tuple[int, float]
     panels = figure.subplots(1, len(apart), squeeze=False)[0]
     for axes, (n, sides) in zip(panels, sorted(apart.items()), strict=True):
         for number, (side, values) in enumerate(sides.items()):
-            name = NAMES.get(side, side).replace("\n", " ")
+            name = NAMES.get(side, side)
             axes.plot(*zip(*values, strict=True), marker="o", ms=3.5, color=COLOURS.get(side, f"C{number}"), label=name)
         axes.axhline(0, color="#000000", lw=0.8)
         axes.set_xscale("log", base=2)
@@ -94,9 +95,7 @@ def draw_curves(path: Path, curves: Sequence[tuple[Run, list[list[Any]]]]) -> No
         late = [value for _run, log in curves for entry in log[len(log) // 8 :] for value in entry[1:] if value]
         axes.set_ylim(min(lowest) - 0.1, max(late) + 0.1)
     for side in sides:
-        axes.plot(
-            [], [], color=COLOURS.get(side, f"C{sides.index(side)}"), label=NAMES.get(side, side).replace("\n", " ")
-        )
+        axes.plot([], [], color=COLOURS.get(side, f"C{sides.index(side)}"), label=NAMES.get(side, side))
     for place, rate in enumerate(rates if swept else ()):
         axes.plot([], [], color="#000000", ls=LINES[place % len(LINES)], lw=0.8, label=f"rate {rate:g}")
     axes.set_xlabel("million tokens")

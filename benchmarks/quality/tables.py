@@ -69,7 +69,23 @@ def loss_table(part: Finished, half: str, untouched: dict[str, Row]) -> list[str
     text = f"On the {half} half."
     if part.theme.goal is not None:
         text += f" The goal, set beforehand, is {part.theme.goal:+g} for {next(iter(sides))}."
-    return ["", text, *table([*head, "95 %", "tokens/s"], body)]
+    lines = ["", text, *table([*head, "95 %", "tokens/s"], body)]
+    for other in part.theme.also_against:
+        lines += difference_table({side: scores(rows, half, untouched) for side, rows in sides.items()}, other)
+    return lines
+
+
+def difference_table(sides: dict[str, dict[int, Row]], reference: str) -> list[str]:
+    """A line for each side that has seeds in common with another reference."""
+    against, body = sides.get(reference, {}), []
+    for side, own in sides.items():
+        apart = difference(own, against) if side != reference else None
+        if apart:
+            with_seeds = with_error(apart.seeds.mean, apart.seeds.standard_error, signed=True)
+            body.append([side, f"{len(own.keys() & against.keys())}", with_seeds, number(apart.document_error)])
+            body[-1].append(interval(apart))
+    head = ["side", "seeds", f"less {reference} ± error", "± over documents", "95 %"]
+    return ["", *table(head, body)] if body else []
 
 
 def interval(apart: Difference) -> str | None:
