@@ -11,6 +11,7 @@ the end, and the last line printed is a summary in JSON. A variant that cannot r
 import argparse
 import json
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,20 +118,38 @@ def time_one(
 
 
 def time_all(report: Report, plan: Plan, red: set[str], device: torch.device) -> None:
-    """For each width of heads: ours and the full attentions next to each other in time; then graphs; then the rest."""
+    """For each width ours and the full attentions, next to each other in time, and their graphs; then rival by rival.
+
+    So a rival whose compiler takes minutes keeps none from its turn that came before it.
+    """
+    compared, *others = plan.variants
     for width in dict.fromkeys((shape.heads, shape.dim) for shape in plan.shapes):
         shapes = [shape for shape in plan.shapes if (shape.heads, shape.dim) == width]
-        for number, group in enumerate(plan.variants):
-            for shape in shapes if "timing" in plan.parts else ():
-                variants = [variant for variant in group if variant.measured_at(shape) and variant.name not in red]
-                inputs = inputs_for(shape, plan, device) if variants else []
-                for variant in variants:
-                    time_one(report, plan, variant, shape, inputs)
-            if number == 0 and "graphs" in plan.parts and device.type == "cuda":
-                replay_all(report, plan, shapes, red, device)
+        time_group(report, plan, compared, shapes, red, device)
+        if "graphs" in plan.parts and device.type == "cuda":
+            replay_all(report, plan, shapes, red, device)
+    for group in others:
+        for variant in group:
+            time_group(report, plan, (variant,), plan.shapes, red, device)
 
 
-def replay_all(report: Report, plan: Plan, shapes: list[cases.Shape], red: set[str], device: torch.device) -> None:
+def time_group(
+    report: Report,
+    plan: Plan,
+    group: Sequence[cases.Variant],
+    shapes: Sequence[cases.Shape],
+    red: set[str],
+    device: torch.device,
+) -> None:
+    """Shape by shape, all of the group on the same tensors."""
+    for shape in shapes if "timing" in plan.parts else ():
+        variants = [variant for variant in group if variant.measured_at(shape) and variant.name not in red]
+        inputs = inputs_for(shape, plan, device) if variants else []
+        for variant in variants:
+            time_one(report, plan, variant, shape, inputs)
+
+
+def replay_all(report: Report, plan: Plan, shapes: Sequence[cases.Shape], red: set[str], device: torch.device) -> None:
     """Ours and cuDNN without the time to launch, at short rows."""
     for shape in (shape for shape in shapes if shape.tokens <= LONGEST_GRAPH):
         inputs = inputs_for(shape, plan, device)

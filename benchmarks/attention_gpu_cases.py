@@ -260,6 +260,6 @@ CORE = (OURS, CUDNN, FLASH)
 OTHERS = (
     OURS_IN_PYTORCH,
     Variant("linformer (lucidrains, leaks)", linformer_of_lucidrains, (512, 2048, 8192), wide=False),
-    Variant("chunk_gsa, 64 slots", gated_slot_attention, (512, 8192, 65536), wide=False),
     Variant("FlexAttention", flex_attention_over_slots, (512, 2048, 8192, 65536), wide=False),
+    Variant("chunk_gsa, 64 slots", gated_slot_attention, (512, 8192, 65536), wide=False),
 )

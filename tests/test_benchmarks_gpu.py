@@ -54,6 +54,8 @@ def test_every_row_is_written_and_stands_in_the_tables(tmp_path):
     names = ["linpass", "cuDNN causal", "flash causal"]
     timed = [(row["n"], row["variant"]) for row in result["timing"] if "both_ms" in row]
     assert timed == [*((n, name) for n in (96, 512) for name in names), (512, "linpass, PyTorch")]
+    rivals = [row["variant"] for row in result["timing"]][6:]  # after all widths, one after the other
+    assert rivals == ["linpass, PyTorch", "not installed", "not installed"]
     for row in result["timing"]:
         if row["variant"] == "not installed":
             assert row["failed"] == "ModuleNotFoundError: No module named 'a_package_that_nobody_has'"
