@@ -24,7 +24,7 @@ from benchmarks.quality.experiments import (
     theme_names,
 )
 from benchmarks.quality.report import write_report
-from benchmarks.quality.results import Results, Spread, chosen_rates, difference, finished
+from benchmarks.quality.results import Results, Spread, chosen_rates, difference, finished, worth_their_time
 from benchmarks.quality.schedule import Schedule, Settings
 from benchmarks.quality.single_run import carry_out, train
 from benchmarks.quality.tables import loss_table
@@ -421,6 +421,24 @@ def test_a_rate_is_chosen_when_the_sweep_of_its_side_is_complete(tmp_path):
         elif run.side == "gpt2" and rate == 0.1:
             results.add(run, {}, {"choosing": scored([3.0], [1])})
     assert chosen_rates(sweep, runs, Results(tmp_path)) == {"linformer": 0.1, "full": 0.2}
+
+
+def test_a_difference_that_cannot_count_gets_no_second_seed(tmp_path):
+    losses = {"base": 4.0, "small": 4.004, "large": 3.994, "worse": 4.006}
+    sides = {side: {"weight_decay": place / 10} for place, side in enumerate([*losses, "missing"])}
+    theme = replace(read_theme("ablations"), sides=sides, least=0.005, rates_of=None, learning_rates=[0.1])
+    runs, results = runs_of(theme, {}), Results(tmp_path)
+
+    def planned():
+        return [(run.side, run.flags["seed"]) for run in worth_their_time(theme, runs, results)]
+
+    first = [(side, 2) for side in sides]
+    assert planned() == first  # the reference is not there yet
+    for run in runs:
+        if run.flags["seed"] == 2 and run.side in losses:
+            results.add(run, {}, {"choosing": scored([losses[run.side]], [1])})
+    assert planned() == [*first, ("base", 3), ("large", 3), ("worse", 3)]
+    assert worth_their_time(replace(theme, least=0.0), runs, results) == runs
 
 
 def test_what_counts_as_finished(tmp_path):

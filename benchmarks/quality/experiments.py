@@ -14,11 +14,12 @@ A theme holds
 ``reference``       the side that the others are compared with
 
 and, where they hold, ``goal`` (a difference to the reference, nats, set beforehand), ``also_against`` (sides that the
-others are compared with as well), ``untouched`` (score that half too), ``sample`` (let the models write), ``resumable``
-(longer than one command), ``evaluations`` (along the way), ``alone`` (one process on a GPU, for speed), ``evaluate``
-false (speed only). In a side, ``learning_rates`` and ``seeds`` are its own, ``rate_of`` names the side of the sweep
-whose rate it takes, if not its own, ``program`` another program than ``linpass train``, and ``variant`` a change of the
-model that the package has no field for (``variants.py``).
+others are compared with as well), ``least`` (a side that differs by less with the first seed has no other),
+``untouched`` (score that half too), ``sample`` (let the models write), ``resumable`` (longer than one command),
+``evaluations`` (along the way), ``alone`` (one process on a GPU, for speed), ``evaluate`` false (speed only). In a side,
+``learning_rates`` and ``seeds`` are its own, ``rate_of`` names the side of the sweep whose rate it takes, if not its
+own, ``program`` another program than ``linpass train``, and ``variant`` a change of the model that the package has no
+field for (``variants.py``).
 """
 
 import hashlib
@@ -34,7 +35,18 @@ from linpass.training.arguments import read_preset
 
 FOLDER = Path(__file__).parent
 KEYS = {"question", "preset", "tokens", "flags", "sides", "learning_rates", "rates_of", "rate_of", "seeds", "reference"}
-KEYS |= {"goal", "also_against", "parts", "untouched", "sample", "resumable", "evaluations", "alone", "evaluate"}
+KEYS |= {
+    "goal",
+    "also_against",
+    "least",
+    "parts",
+    "untouched",
+    "sample",
+    "resumable",
+    "evaluations",
+    "alone",
+    "evaluate",
+}
 OF_SIDES = {"learning_rates", "seeds", "rate_of", "program", "variant"}  # what a side may set that is no flag
 LINPASS, LEAKING = "linpass train", "leaking"
 # A rehearsal on a processor: sizes at which every run of every theme takes seconds.
@@ -60,6 +72,7 @@ class Theme:
     rate_of: str | None = None
     goal: float | None = None
     also_against: list[str] = field(default_factory=list)
+    least: float = 0.0
     parts: int = 1
     untouched: bool = False
     sample: bool = False

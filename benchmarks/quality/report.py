@@ -43,6 +43,8 @@ def write_report(folder: Path, with_untouched: bool, themes: Sequence[str] = (*S
     for part in (part for part in found if part.runs):
         lines += ["", f"## {part.theme.name}: {part.theme.question}", ""]
         lines += [f"{len(part.runs)} of {part.planned} runs, {part.runs[0][0].tokens:,} tokens each."]
+        if part.theme.least:
+            lines[-1] += f" Sides that differ by less than {part.theme.least:g} with the first seed have no other."
         if not part.theme.evaluate:
             lines += speed_table(part)
         elif part.theme.learning_rates:

@@ -155,6 +155,26 @@ def chosen_rates(sweep: Theme, runs: Sequence[Run], results: Results) -> dict[st
     return chosen
 
 
+def worth_their_time(theme: Theme, runs: Sequence[Run], results: Results) -> list[Run]:
+    """Without the later seeds of sides that differ by less than ``theme.least`` with the first, or have not run.
+
+    A difference counts where it is that large with every seed: theirs cannot.
+    """
+    if not theme.least:
+        return list(runs)
+    first = {run.side: results.finished(run) for run in runs if run.flags["seed"] == theme.seeds[0]}
+
+    def is_worth(run: Run) -> bool:
+        if run.flags["seed"] == theme.seeds[0]:
+            return True
+        row, reference = first.get(run.side), first.get(theme.reference)
+        if not row or not reference:
+            return False
+        return run.side == theme.reference or not abs(loss(row) - loss(reference)) < theme.least
+
+    return [run for run in runs if is_worth(run)]
+
+
 @dataclass
 class Finished:
     """A theme with the rows of its finished runs."""

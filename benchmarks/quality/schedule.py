@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.quality.data import CHOOSING, identity, part_folders
 from benchmarks.quality.experiments import Run, Theme, check, read_theme, runs_of
-from benchmarks.quality.results import Results, chosen_rates
+from benchmarks.quality.results import Results, chosen_rates, worth_their_time
 from benchmarks.quality.single_run import ANSWER, CHECKPOINTS, compact
 from benchmarks.training import read_log
 from linpass.errors import InputError
@@ -95,8 +95,11 @@ class Schedule:
                 raise InputError(f"output={str(self.settings.output)!r} has runs with {other}; go on with the same")
 
     def planned(self) -> list[Run]:
-        """The runs of all themes in order, as far as their rates are known."""
-        return [run for theme in self.themes for run in runs_of(theme, self._rates(theme))]
+        """The runs of all themes in order, as far as their rates are known and they are worth their time."""
+        found = []
+        for theme in self.themes:
+            found += worth_their_time(theme, runs_of(theme, self._rates(theme)), self.results)
+        return found
 
     def _rates(self, theme: Theme) -> dict[str, float]:
         if theme.rates_of is None:
