@@ -16,10 +16,10 @@ A theme holds
 and, where they hold, ``goal`` (a difference to the reference, nats, set beforehand), ``also_against`` (sides that the
 others are compared with as well), ``least`` (a side that differs by less with the first seed has no other),
 ``untouched`` (score that half too), ``sample`` (let the models write), ``resumable`` (longer than one command),
-``evaluations`` (along the way), ``alone`` (one process on a GPU, for speed), ``evaluate`` false (speed only). In a side,
-``learning_rates`` and ``seeds`` are its own, ``rate_of`` names the side of the sweep whose rate it takes, if not its
-own, ``program`` another program than ``linpass train``, and ``variant`` a change of the model that the package has no
-field for (``variants.py``).
+``evaluations`` (along the way), ``alone`` (one process on a GPU, for speed), ``evaluate`` false (speed only). In a
+side, ``learning_rates`` and ``seeds`` are its own, ``rate_of`` names the side of the sweep whose rate it takes, if not
+its own, ``program`` another program than ``linpass train``, and ``variant`` a change of the model that the package has
+no field for (``variants.py``).
 """
 
 import hashlib
