@@ -77,6 +77,12 @@ def device():
     return torch.device("cuda")
 
 
+@pytest.fixture(autouse=True)
+def _without_a_device_tests_marked_gpu_are_skipped(request):
+    if request.node.get_closest_marker("gpu"):
+        request.getfixturevalue("device")
+
+
 @pytest.fixture(scope="session")
 def interpreted_kernels():
     """``linpass.triton_linformer`` once more, its kernels for Triton's interpreter."""
@@ -107,6 +113,6 @@ def kernels(request, monkeypatch):
             if isinstance(function, triton.runtime.JITFunction):
                 monkeypatch.setattr(triton.language, name, InterpretedFunction(function.fn))
         interpreted = request.getfixturevalue("interpreted_kernels")
-        monkeypatch.setattr(linpass.kernels_linformer, "kernels", interpreted)
+        monkeypatch.setattr(linpass.operators_linformer, "kernels", interpreted)
         monkeypatch.setattr(linpass.kernels_linformer, "INTERPRETED", True)
     return linpass.kernels_linformer

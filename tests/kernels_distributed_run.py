@@ -16,7 +16,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from linpass import LinformerConfig, LinformerForCausalLM, kernels_linformer
+from linpass import LinformerConfig, LinformerForCausalLM, operators_linformer
 
 SIZES = {
     "vocab_size": 500,
@@ -74,16 +74,16 @@ def compare(wrapper, dtype, device, rows):
         wrapped = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
     else:
         wrapped, autocast = shard(model, dtype), nullcontext()
-    calls, launch = [], kernels_linformer._launch
+    calls, launch = [], operators_linformer.launch
 
     def count(*arguments):
         calls.append(arguments[0])
         return launch(*arguments)
 
-    kernels_linformer._launch = count
+    operators_linformer.launch = count
     own = rows[dist.get_rank() :: dist.get_world_size()]
     actual = gradients_of(wrapped, model, own, autocast)
-    kernels_linformer._launch = launch
+    operators_linformer.launch = launch
     return {
         "processes": dist.get_world_size(),
         "kernels": len(calls),

@@ -21,6 +21,7 @@ from linpass import (
     LinformerForMaskedLM,
     attention_linformer,
     kernels_linformer,
+    operators_linformer,
 )
 from linpass.attention_linformer import (
     BlockLayout,
@@ -62,14 +63,14 @@ compiles = pytest.mark.filterwarnings("ignore:::torch", "ignore:.*should not be 
 @pytest.fixture
 def started(monkeypatch):
     """The dtype of every kernel call of the fused path; angles have no dtype of their own."""
-    dtypes, launch = [], kernels_linformer._launch
+    dtypes, launch = [], operators_linformer.launch
 
     def record(kernel, grid, tile, tensors, numbers):
-        if kernel is not kernels_linformer.kernels.angles_kernel:
+        if kernel is not operators_linformer.kernels.angles_kernel:
             dtypes.append(tensors[0].dtype)
         return launch(kernel, grid, tile, tensors, numbers)
 
-    monkeypatch.setattr(kernels_linformer, "_launch", record)
+    monkeypatch.setattr(operators_linformer, "launch", record)
     return dtypes
 
 

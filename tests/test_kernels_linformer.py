@@ -17,7 +17,13 @@ from tolerances import GRADIENT, ORACLE, VALUE, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import linpass.kernels_linformer
-from linpass import LinformerConfig, LinformerForCausalLM, LinformerForMaskedLM, attention_linformer
+from linpass import (
+    LinformerConfig,
+    LinformerForCausalLM,
+    LinformerForMaskedLM,
+    attention_linformer,
+    operators_linformer,
+)
 from linpass.attention_linformer import (
     BlockLayout,
     attend_blocks_reference,
@@ -214,23 +220,17 @@ def check(kernels, case, launches):
     assert_within_the_table(case.dtype, output, next(named), truth, next(named))
 
 
-@pytest.fixture(autouse=True)
-def a_device_where_one_is_needed(request):
-    if request.node.get_closest_marker("gpu"):
-        request.getfixturevalue("device")
-
-
 @pytest.fixture
 def launches(kernels, monkeypatch):
     """Names of the kernels of attention that were started, in order."""
-    names, launch = [], kernels._launch
+    names, launch = [], operators_linformer.launch
 
     def remember(kernel, *rest):
-        if kernel is not kernels.kernels.angles_kernel:
+        if kernel is not operators_linformer.kernels.angles_kernel:
             names.append(kernel.__name__)
         launch(kernel, *rest)
 
-    monkeypatch.setattr(kernels, "_launch", remember)
+    monkeypatch.setattr(operators_linformer, "launch", remember)
     return names
 
 
@@ -297,7 +297,7 @@ CASES = [
 @pytest.mark.parametrize("case", CASES)
 def test_value_and_every_gradient_are_within_the_table(case, kernels, launches, monkeypatch):
     if case.parts:
-        monkeypatch.setattr(kernels, "_fold_parts", lambda *_: case.parts)
+        monkeypatch.setattr(operators_linformer, "_fold_parts", lambda *_: case.parts)
     check(kernels, case, launches)
     assert ("mix_kernel" in launches) == (case.tokens >= case.block)
 
@@ -551,7 +551,7 @@ UNWRITTEN = [
 def test_every_result_is_written(case, kernels, monkeypatch, request):
     """And so are all tensors between the kernels: the same bits when memory is NaN to begin with."""
     if case.parts:
-        monkeypatch.setattr(kernels, "_fold_parts", lambda *_: case.parts)
+        monkeypatch.setattr(operators_linformer, "_fold_parts", lambda *_: case.parts)
     leaves, grid, gradient = make_leaves(case), make_grid(case), output_gradient(case)
     clean = gradients_by_name(fused(kernels, case, leaves, grid), leaves, gradient)
     request.getfixturevalue("poisoned_memory")
@@ -606,25 +606,6 @@ def test_a_second_derivative_is_refused(kernels):
     (gradient,) = torch.autograd.grad(output.square().sum(), leaves["query"], create_graph=True)
     with pytest.raises(RuntimeError, match="does not require grad|once_differentiable|not have been used"):
         torch.autograd.grad(gradient.square().sum(), leaves["key"])
-
-
-@pytest.mark.parametrize("switch", ["fp32_precision", "set_float32_matmul_precision"])
-def test_products_of_float32_follow_the_switches_of_pytorch(switch, kernels):
-    before = torch.backends.cuda.matmul.fp32_precision
-    assert kernels._precision(torch.float32) == "ieee"
-    try:
-        if switch == "fp32_precision":
-            torch.backends.cuda.matmul.fp32_precision = "tf32"
-        else:
-            torch.set_float32_matmul_precision("high")
-        assert kernels._precision(torch.float32) == "tf32"
-        assert kernels._precision(torch.bfloat16) == "ieee"
-    finally:
-        if switch == "fp32_precision":
-            torch.backends.cuda.matmul.fp32_precision = before
-        else:
-            torch.set_float32_matmul_precision("highest")
-    assert kernels._precision(torch.float32) == "ieee"
 
 
 @pytest.mark.parametrize("case", [small(batch=2), real(tokens=1000), real(tokens=5000, mixing="convolution")])
@@ -707,7 +688,7 @@ def test_without_triton_all_is_pytorch(kernels, launches, monkeypatch):
 def test_on_a_cpu_all_is_pytorch(monkeypatch):
     """Outside of the interpreter."""
     monkeypatch.setitem(globals(), "DEVICE", torch.device("cpu"))
-    monkeypatch.setattr(linpass.kernels_linformer, "_launch", None)
+    monkeypatch.setattr(operators_linformer, "launch", None)
     check_fallback(linpass.kernels_linformer, Case())
 
 
@@ -858,7 +839,7 @@ def check_slots(kernels, case, launches, stretch=1.0):
 )
 def test_attention_over_all_slots_is_within_the_table(case, kernels, launches, monkeypatch):
     if case.parts:
-        monkeypatch.setattr(kernels, "_fold_parts", lambda *_: case.parts)
+        monkeypatch.setattr(operators_linformer, "_fold_parts", lambda *_: case.parts)
     check_slots(kernels, case, launches)
 
 
@@ -885,7 +866,7 @@ def test_scores_far_below_zero(case, kernels, launches):
 def test_slots_behind_the_count_are_never_read(case, kernels, monkeypatch, request):
     """NaN there, and in memory to begin with; and two more runs: the same bits, gradients of zero."""
     if case.parts:
-        monkeypatch.setattr(kernels, "_fold_parts", lambda *_: case.parts)
+        monkeypatch.setattr(operators_linformer, "_fold_parts", lambda *_: case.parts)
     leaves, count = make_slots(case)
     gradient, runs = output_gradient(case), []
     for poison in (False, True, True):
@@ -1082,7 +1063,7 @@ def check_row(kernels, case):
 def test_mixing_a_row_and_attention_are_within_the_table(case, kernels, launches, monkeypatch):
     """Gradients of keys and values lie in memory as their projections want them, whatever the weights."""
     if case.parts:
-        monkeypatch.setattr(kernels, "_fold_parts", lambda *_: case.parts)
+        monkeypatch.setattr(operators_linformer, "_fold_parts", lambda *_: case.parts)
     got = check_row(kernels, case)
     assert launches == ["forward_kernel", "query_gradient_kernel", "slot_gradient_kernel"]
     if case.memory == "tokens first":
@@ -1305,65 +1286,3 @@ def test_encoders_take_the_kernels(projection, mask_given, kernels, launches):
 def test_real_encoders_take_the_kernels(projection, sharing, mask_given, kernels, launches):
     fields = {"seq_length": 512, "k": 64, "num_key_value_heads": 2, "projection_sharing": sharing}
     check_encoder(projection, launches, mask_given, **fields)
-
-
-class Compiled:
-    """A compiled kernel that says how it was started."""
-
-    function, packed_metadata = "function", "metadata"
-
-    def __init__(self):
-        self.started = []
-
-    def run(self, *given):
-        self.started.append(given)
-
-    def __getitem__(self, grid):
-        return lambda *given: self.started.append(("Triton", *given))
-
-
-@pytest.mark.parametrize("version", ["known", "profiled", "older"])
-def test_a_kernel_starts_without_tritons_preparations_but_not_past_its_profiler(kernels, monkeypatch, version):
-    hooks = SimpleNamespace(launch_enter_hook=SimpleNamespace(calls=[]), launch_exit_hook=SimpleNamespace(calls=[]))
-    driver = SimpleNamespace(active=SimpleNamespace(get_current_stream={5: "stream of device 5"}.get))
-    triton = SimpleNamespace(runtime=SimpleNamespace(driver=driver))
-    if version != "older":
-        triton.knobs = SimpleNamespace(runtime=hooks)
-    monkeypatch.setattr(kernels, "triton", triton)
-    compiled = Compiled()
-    start = kernels._starter(compiled, (2, 3, 1), 5)
-    if version == "profiled":  # by one that comes after the first launch
-        hooks.launch_exit_hook.calls.append(print)
-    start("address", 1)
-    prepared = (2, 3, 1, "stream of device 5", "function", "metadata", None, None, None, "address", 1)
-    assert compiled.started == [prepared if version == "known" else ("Triton", "address", 1)]
-
-
-@pytest.mark.gpu
-def test_a_weight_left_on_the_cpu_is_an_error_in_every_call():
-    case = small(tokens=40, dtype=torch.bfloat16)
-    query, key, value = (torch.randn(1, 2, 40, 16, device=DEVICE, dtype=case.dtype) for _ in range(3))
-    weights = torch.randn(2, 1, 1, 8, 2, dtype=case.dtype)
-    layout = BlockLayout(8, 20, 2, 9)
-    linpass.kernels_linformer.mix_and_attend(query, key, value, tuple(weights.to(DEVICE)), layout)
-    for _ in range(2):
-        with pytest.raises(ValueError, match="cpu tensor"):
-            linpass.kernels_linformer.mix_and_attend(query, key, value, tuple(weights), layout)
-    linpass.kernels_linformer.mix_and_attend(query, key, value, tuple(weights.to(DEVICE)), layout)
-    torch.cuda.synchronize()
-
-
-@pytest.mark.gpu
-def test_tritons_profiler_hears_of_every_launch():
-    hooks = linpass.kernels_linformer.triton.knobs.runtime
-    query, slots = (torch.randn(1, 2, length, 16, device=DEVICE, dtype=torch.bfloat16) for length in (40, 16))
-    linpass.kernels_linformer.attend_slots(query, slots, slots)
-    heard = []
-    hooks.launch_enter_hook.add(heard.append)
-    try:
-        for _ in range(2):
-            linpass.kernels_linformer.attend_slots(query, slots, slots)
-    finally:
-        hooks.launch_enter_hook.remove(heard.append)
-    linpass.kernels_linformer.attend_slots(query, slots, slots)
-    assert len(heard) == 2

@@ -15,8 +15,10 @@ FAMILIES = ("_linformer", "_closed_form")
 HUB_FILES = sorted(path for family in FAMILIES for path in PACKAGE.glob(f"*{family}.py"))
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up: a file imports only what stands before it.
-ORDER = ("errors", "configuration", "attention", "triton", "kernels", "cache", "layers", "feature_maps", "modeling")
-ORDER += ("training", "singlepass")
+ORDER = (
+    *("errors", "configuration", "attention", "triton", "launch", "operators", "kernels"),
+    *("cache", "layers", "feature_maps", "modeling", "training", "singlepass"),
+)
 # The mathematics of linpass.singlepass: numbers in, numbers out, without transformers.
 TORCH_ONLY = ("statistics", "solver", "descent", "features", "classification", "kernel_ridge")
 

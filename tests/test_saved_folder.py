@@ -58,8 +58,10 @@ def test_the_folder_holds_weights_configuration_and_code(folder):
         "attention_linformer.py",
         "cache_linformer.py",
         "kernels_linformer.py",
+        "launch_linformer.py",
         "layers_linformer.py",
         "modeling_linformer.py",
+        "operators_linformer.py",
         "triton_linformer.py",
     }
     stored = json.loads((folder / "config.json").read_text())
