@@ -255,7 +255,7 @@ OURS = Variant("linpass", with_module(kernels_linformer))
 OURS_IN_PYTORCH = Variant("linpass, PyTorch", with_module(attention_linformer), (512, 2048, 8192, 65536), wide=False)
 CUDNN = Variant("cuDNN causal", with_backend(SDPBackend.CUDNN_ATTENTION))
 FLASH = Variant("flash causal", with_backend(SDPBackend.FLASH_ATTENTION))
-# Measured side by side at every shape, then the rest, the cheapest to build first.
+# Measured side by side at every shape, then the rest one by one, those that need no compiler first.
 CORE = (OURS, CUDNN, FLASH)
 OTHERS = (
     OURS_IN_PYTORCH,

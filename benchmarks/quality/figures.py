@@ -18,6 +18,9 @@ COLOURS = {
     "gpt2": "#b5651d",
     "llama": "#f2b134",
     "window": "#9a9a9a",
+    "window of k + w": "#c4c4c4",
+    "full, no QK-norm": "#7b5ea7",
+    "linformer, no QK-norm": "#61a5c2",
 }
 NAMES = {
     "linformer": "Linformer",
@@ -25,6 +28,9 @@ NAMES = {
     "gpt2": "GPT-2",
     "llama": "Llama",
     "window": "window only",
+    "window of k + w": "window only, of k + w",
+    "full, no QK-norm": "full attention, no QK-norm",
+    "linformer, no QK-norm": "Linformer, no QK-norm",
 }
 LINES = ("-", "--", ":", "-.")
 

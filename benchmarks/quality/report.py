@@ -50,6 +50,7 @@ def write_report(folder: Path, with_untouched: bool, themes: Sequence[str] = (*S
         elif part.theme.learning_rates:
             lines += rates_table(part)
         else:
+            lines += waiting(part) if part.theme.name != "ablations" else []
             halves = [CHOOSING, *([UNTOUCHED] if untouched and part.theme.untouched else [])]
             for half in halves:
                 lines += loss_table(part, half, untouched)
@@ -60,6 +61,12 @@ def write_report(folder: Path, with_untouched: bool, themes: Sequence[str] = (*S
     text = "\n".join(lines) + "\n"
     path.write_text(text, encoding="utf-8")
     return text
+
+
+def waiting(part: Finished) -> list[str]:
+    """Sides that have no rate yet; runs of theirs, made with an earlier grid, are in runs.jsonl."""
+    sides = [side for side in part.theme.sides if side not in {run.side for run, _row in part.runs}]
+    return ["", f"Without a run at the rate that their sweep chose: {'; '.join(sides)}."] if sides else []
 
 
 def conditions(results: Results) -> list[str]:

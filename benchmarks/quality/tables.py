@@ -12,7 +12,7 @@ LEGEND = (
     "Losses in nats per token; *deviation* between seeds; *less* a side: the difference of runs with the same seed, "
     "and the standard error of its mean; *over documents*: the standard error of that difference over documents, "
     "paired by document; *95 %*: from both errors, seeds by Student's t; tokens per second while as many runs shared a "
-    "GPU as `processes_per_gpu` says."
+    "GPU as `processes_per_gpu` says, so of different runs not to be compared."
 )
 
 
