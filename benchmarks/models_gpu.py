@@ -26,6 +26,7 @@ from benchmarks.report_file import Report, add_common_arguments, command_line, e
 
 PARTS = ("training", "prefill", "encoder")
 MODES = ("compiled", "eager")
+LONGEST_COMPILED_PROMPT = 8192
 
 
 class Plan(NamedTuple):
@@ -99,15 +100,20 @@ def race_training(report, plan, section, names, models, config, device) -> None:
 
 
 def prefill(report: Report, plan: Plan, device: torch.device) -> None:
-    """Not compiled: a prompt has another length every time."""
-    for n, (k, b) in plan.prefill.items():
-        config = cases.config_for(plan.size, n, k, b, **narrow(plan))
-        for batch in plan.batches:
-            builders = {
-                name: partial(cases.prefill, build, config, batch, device, None)
-                for name, build in wanted(cases.PREFILL, plan).items()
-            }
-            race(report, "prefill", {"n": n, "k": k, "b": b, "batch": batch}, builders, device, plan.prefill_rounds)
+    """Not compiled, as a prompt has another length every time; one short row compiled too: what Python costs it."""
+    for mode in ("eager", "compiled"):
+        options = plan.compiler if mode == "compiled" else None
+        for n, (k, b) in plan.prefill.items():
+            config = cases.config_for(plan.size, n, k, b, **narrow(plan))
+            for batch in plan.batches if mode == "eager" else plan.batches[:1]:
+                if mode == "compiled" and (mode not in plan.modes or n > LONGEST_COMPILED_PROMPT):
+                    continue
+                builders = {
+                    name: partial(cases.prefill, build, config, batch, device, options)
+                    for name, build in wanted(cases.PREFILL, plan).items()
+                }
+                names = {"n": n, "k": k, "b": b, "batch": batch} | ({"mode": mode} if mode == "compiled" else {})
+                race(report, "prefill", names, builders, device, plan.prefill_rounds)
 
 
 def wanted(models: dict[str, cases.Build], plan: Plan) -> dict[str, cases.Build]:

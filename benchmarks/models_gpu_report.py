@@ -5,7 +5,7 @@ from collections.abc import Callable
 from benchmarks.models_gpu_cases import BOUND, FULL, OURS
 from benchmarks.report_file import table
 
-RIVALS = {"training": ("GPT-2", "Llama"), "encoder": ("BERT",), "prefill": ("Llama",)}
+RIVALS = {"training": ("GPT-2", "Llama"), "encoder": ("BERT",)}
 SECTIONS = ("training", "prefill", "encoder")
 # Training: tokens/s over the faster rival's by n, and over the bound's at every n.
 RIVAL_TARGET, BOUND_TARGET = {1024: 1.0}, 0.8
@@ -26,9 +26,9 @@ def line(row: dict) -> str:
 
 
 def measured(result: dict, section: str) -> dict[tuple, dict]:
-    """Rows with times by n, what else tells groups apart (mode or batch), and variant."""
+    """Rows of a training with times, by n, mode and variant."""
     rows = (row for row in result[section] if "ms" in row)
-    return {(row["n"], row.get("mode", row.get("batch")), row["variant"]): row for row in rows}
+    return {(row["n"], row["mode"], row["variant"]): row for row in rows}
 
 
 def best(rows: dict[tuple, dict], n: int, names: tuple[str, ...]) -> dict | None:
@@ -80,11 +80,20 @@ def all_rows(result: dict) -> list[dict]:
     return [row for section in SECTIONS for row in result[section]]
 
 
+def prefills(result: dict) -> dict[tuple, dict]:
+    """Rows with times by mode, n, batch and variant."""
+    rows = (row for row in result["prefill"] if "ms" in row)
+    return {(row.get("mode", "eager"), row["n"], row["batch"], row["variant"]): row for row in rows}
+
+
 def prefill_ratios(result: dict) -> dict[str, float]:
-    """Tokens a second over Llama's, by batch and n."""
-    rows = measured(result, "prefill")
-    pairs = ((f"{b} x {n}", ratio(rows[n, b, name], rows.get((n, b, "Llama")))) for n, b, name in rows if name == OURS)
-    return {where: found for where, found in pairs if found}
+    """Tokens a second over Llama's, by batch, n and mode."""
+    rows, found = prefills(result), {}
+    for (mode, n, batch, name), row in rows.items():
+        over_llama = ratio(row, rows.get((mode, n, batch, "Llama")))
+        if name == OURS and over_llama:
+            found[f"{batch} x {n}" + (", compiled" if mode == "compiled" else "")] = over_llama
+    return found
 
 
 def summary(result: dict) -> dict:
@@ -164,20 +173,20 @@ def spread(row: dict) -> str:
 
 
 def prefill_table(result: dict) -> list[str]:
-    rows = measured(result, "prefill")
+    rows = prefills(result)
     if not rows:
         return []
     body = []
-    for n, batch in sorted({key[:2] for key in rows}):
-        ours, theirs = rows.get((n, batch, OURS)), rows.get((n, batch, "Llama"))
+    for mode, n, batch in sorted({key[:3] for key in rows}, key=lambda key: (key[0] == "compiled", *key[1:])):
+        ours, theirs = rows.get((mode, n, batch, OURS)), rows.get((mode, n, batch, "Llama"))
         cells = [f"{row['tokens_per_s']:,.0f} ({spread(row)})" if row else None for row in (ours, theirs)]
         memory = [row[key] if row else None for key in ("peak_MiB", "cache_MiB") for row in (ours, theirs)]
-        body.append([n, batch, *cells, ratio(ours, theirs), *memory])
-    head = ["n", "batch", "linpass: tokens/s (ms)", "Llama: tokens/s (ms)", "×", "linpass: peak MiB"]
+        body.append([n, batch, "yes" if mode == "compiled" else "", *cells, ratio(ours, theirs), *memory])
+    head = ["n", "batch", "compiled", "linpass: tokens/s (ms)", "Llama: tokens/s (ms)", "×", "linpass: peak MiB"]
     head += ["Llama: peak MiB", "linpass: cache MiB", "Llama: cache MiB"]
     text = (
-        "A forward pass over prompts of n tokens that leaves a cache, logits of the last position; bfloat16 weights, "
-        "not compiled. Llama with sdpa and a dynamic cache."
+        "A forward pass over prompts of n tokens that leaves a cache, logits of the last position; bfloat16 weights. "
+        "Llama with sdpa and a dynamic cache."
     )
     return ["", "## Prefill", "", text, *table(head, body)]
 

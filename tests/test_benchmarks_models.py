@@ -55,6 +55,18 @@ def test_every_row_is_written_and_stands_in_the_tables(trained):
     assert path.with_suffix(".png").stat().st_size > 10_000
 
 
+def test_a_short_prompt_is_read_compiled_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(models_gpu, "LONGEST_COMPILED_PROMPT", 64)
+    plan = models_gpu.SMOKE._replace(parts=("prefill",), prefill={64: (16, 16), 128: (16, 16)}, batches=(1, 2))
+    result = models_gpu.run(tmp_path / "models.json", plan, CPU, seconds=3600)
+    rows = [(row.get("mode"), row["n"], row["batch"]) for row in result["prefill"] if row["variant"] == "linpass"]
+    assert rows == [(None, 64, 1), (None, 64, 2), (None, 128, 1), (None, 128, 2), ("compiled", 64, 1)]
+    assert all("ms" in row for row in result["prefill"])
+    ratios = models_gpu_report.summary(result)["prefill_over_llama"]
+    assert list(ratios) == ["1 x 64", "2 x 64", "1 x 128", "2 x 128", "1 x 64, compiled"]
+    assert "| 64 | 1 | yes |" in (tmp_path / "models.md").read_text()
+
+
 def test_a_model_that_fails_says_why_and_ends_nothing(trained):
     _, result = trained
     failed = [row for row in result["training"] if "failed" in row]
