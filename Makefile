@@ -63,3 +63,4 @@ bench-gpu: setup
 bench-models: setup
 	$(OFFLINE) $(VENV)/bin/python -m benchmarks.models_gpu $(RESULTS)/models_gpu_$(MONTH).json --seconds 1500
 	$(OFFLINE) $(VENV)/bin/python -m benchmarks.decoding_gpu $(RESULTS)/decoding_gpu_$(MONTH).json --seconds 900
+	$(OFFLINE) $(VENV)/bin/python -m benchmarks.model_errors $(RESULTS)/model_errors_$(MONTH).json
