@@ -270,7 +270,17 @@ def test_a_pushed_model_opens_without_linpass(tmp_path):
 
 def test_the_folder_holds_weights_configuration_and_code(tmp_path):
     make().save_pretrained(tmp_path)
-    linformer = ("attention", "cache", "configuration", "kernels", "layers", "modeling", "triton")
+    linformer = (
+        "attention",
+        "cache",
+        "configuration",
+        "kernels",
+        "launch",
+        "layers",
+        "modeling",
+        "operators",
+        "triton",
+    )
     assert {path.name for path in tmp_path.iterdir()} == {
         "model.safetensors",
         "config.json",
