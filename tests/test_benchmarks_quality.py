@@ -27,7 +27,7 @@ from benchmarks.quality.report import write_report
 from benchmarks.quality.results import Results, Spread, chosen_rates, difference, finished, worth_their_time
 from benchmarks.quality.schedule import Schedule, Settings
 from benchmarks.quality.single_run import carry_out, train
-from benchmarks.quality.tables import loss_table
+from benchmarks.quality.tables import leaking_table, loss_table
 from linpass import LinformerConfig, LinformerForCausalLM, LinformerForMaskedLM, layers_linformer
 from linpass.errors import InputError
 from linpass.training.documents import python_documents
@@ -46,6 +46,7 @@ TINY = {
     "reference": "full",
     "untouched": True,
     "sample": True,
+    "left_to_right": True,
     "goal": -0.5,
     "also_against": ["linformer"],
 }
@@ -230,6 +231,8 @@ def test_the_queue_trains_measures_and_cleans_up(ran):
     for row in rows.values():
         assert 3 < row["choosing"]["loss"] < math.log(384) + 0.5
         assert row["tokens"] == 64 * 8 * STEPS
+        assert row["honest"]["left_to_right"] == pytest.approx(row["honest"]["whole_rows"], abs=1e-4)
+        assert row["honest"]["places"] > 100
         assert row["environment"]["torch"] == torch.__version__
         assert row["flags"]["max_steps"] == STEPS
         assert row["speed"]["tokens_per_second"] > 0
@@ -325,6 +328,8 @@ def test_the_report_shows_the_untouched_half_when_it_is_asked_for(ran):
     assert "| linformer |" in text
     assert "First sample" in text
     part = finished(theme, results)
+    honest = {run.side: row["honest"]["left_to_right"] for run, row in part.runs}
+    assert f" | {honest['full']:.4f} |" in "\n".join(leaking_table(part))
     tables = {half: "\n".join(loss_table(part, half, untouched)) for half in (CHOOSING, UNTOUCHED)}
     losses = {row["side"]: row["untouched"]["loss"] for row in results.read("untouched")}
     assert f"{losses['full']:.4f}" in tables[UNTOUCHED]

@@ -15,7 +15,8 @@ A theme holds
 
 and, where they hold, ``goal`` (a difference to the reference, nats, set beforehand), ``also_against`` (sides that the
 others are compared with as well), ``least`` (a side that differs by less with the first seed has no other),
-``untouched`` (score that half too), ``sample`` (let the models write), ``resumable`` (longer than one command),
+``untouched`` (score that half too), ``sample`` (let the models write), ``left_to_right`` (score some tokens from rows
+that end before them, as those of a model that leaks must be), ``resumable`` (longer than one command),
 ``evaluations`` (along the way), ``alone`` (one process on a GPU, for speed), ``evaluate`` false (speed only). In a
 side, ``learning_rates`` and ``seeds`` are its own, ``rate_of`` names the side of the sweep whose rate it takes, if not
 its own, ``program`` another program than ``linpass train``, and ``variant`` a change of the model that the package has
@@ -35,18 +36,8 @@ from linpass.training.arguments import read_preset
 
 FOLDER = Path(__file__).parent
 KEYS = {"question", "preset", "tokens", "flags", "sides", "learning_rates", "rates_of", "rate_of", "seeds", "reference"}
-KEYS |= {
-    "goal",
-    "also_against",
-    "least",
-    "parts",
-    "untouched",
-    "sample",
-    "resumable",
-    "evaluations",
-    "alone",
-    "evaluate",
-}
+KEYS |= {"goal", "also_against", "least", "untouched", "sample", "left_to_right"}
+KEYS |= {"parts", "resumable", "evaluations", "alone", "evaluate"}
 OF_SIDES = {"learning_rates", "seeds", "rate_of", "program", "variant"}  # what a side may set that is no flag
 LINPASS, LEAKING = "linpass train", "leaking"
 # A rehearsal on a processor: sizes at which every run of every theme takes seconds.
@@ -76,6 +67,7 @@ class Theme:
     parts: int = 1
     untouched: bool = False
     sample: bool = False
+    left_to_right: bool = False
     resumable: bool = False
     evaluations: int = 6
     alone: bool = False

@@ -52,16 +52,9 @@ def train_leaking(order: dict[str, Any]) -> dict[str, Any]:
     start = time.perf_counter()
     log = fit(model, flags, part_folders(data, order["parts"]), tokenizer, device)
     seconds = time.perf_counter() - start
-    rows_BT = validation_rows(data / CURVE, flags["seq_length"]).to(device)
-    lengths = prefix_lengths(flags["seq_length"])
-    model.eval()
-    with torch.no_grad():
-        leaking = {
-            "training": log[-1][1],
-            "whole_rows": whole_row_loss(model, rows_BT, lengths),
-            "left_to_right": left_to_right_loss(model, rows_BT, lengths),
-            "places": len(lengths) * len(rows_BT),
-        }
+    leaking = {"training": log[-1][1]} | losses_with_and_without_future(
+        model.eval(), validation_rows(data / CURVE, flags["seq_length"]).to(device)
+    )
     tokens = flags["max_steps"] * flags["per_device_train_batch_size"] * flags["seq_length"]
     parameters = sum(weight.numel() for weight in model.parameters())
     speed = {"tokens_per_second": tokens / seconds}
@@ -108,6 +101,21 @@ def validation_rows(folder: Path, seq_length: int) -> Tensor:
     if not rows:
         raise InputError(f"the validation text must have a row of {seq_length} tokens")
     return torch.from_numpy(ids[: rows * seq_length].astype("int64")).view(rows, seq_length)
+
+
+@torch.no_grad()
+def losses_with_and_without_future(predict: Callable[[Tensor], Tensor], rows_BT: Tensor) -> dict[str, Any]:
+    """Losses at the same places of whole rows and of rows that end before them: equal, unless the model leaks.
+
+    Args:
+        predict: logits [B, T, V] of ids [B, T].
+    """
+    lengths = prefix_lengths(rows_BT.shape[1])
+    return {
+        "whole_rows": whole_row_loss(predict, rows_BT, lengths),
+        "left_to_right": left_to_right_loss(predict, rows_BT, lengths),
+        "places": len(lengths) * len(rows_BT),
+    }
 
 
 def prefix_lengths(seq_length: int) -> list[int]:

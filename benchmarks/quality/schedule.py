@@ -163,7 +163,8 @@ class Schedule:
             "data": str(settings.data.resolve()),
         }
         order |= {"seq_length": run.flags["seq_length"], "dtype": settings.dtype, "flags": run.flags}
-        order |= {name: getattr(run.theme, name) for name in ("parts", "evaluate", "untouched", "sample", "resumable")}
+        switches = ("parts", "evaluate", "untouched", "sample", "left_to_right", "resumable")
+        order |= {name: getattr(run.theme, name) for name in switches}
         (folder / "order.json").write_text(json.dumps(order, indent=1), encoding="utf-8")
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu or "", "HF_HUB_OFFLINE": "1"}
         shares = settings.processes * max(1, len(settings.gpus))

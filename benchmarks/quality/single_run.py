@@ -103,6 +103,7 @@ def compact(log: list[dict[str, Any]]) -> list[list[Any]]:
 
 def measure(order: dict[str, Any], model_folder: Path) -> dict[str, Any]:
     """Parameters, losses on the halves and a sample, by the functions of ``linpass evaluate``."""
+    from benchmarks.quality.leaking import losses_with_and_without_future, validation_rows
     from linpass.evaluate import choose_device, load_model
 
     if not model_folder.is_dir():  # diverged
@@ -112,6 +113,11 @@ def measure(order: dict[str, Any], model_folder: Path) -> dict[str, Any]:
     halves = [CHOOSING, UNTOUCHED] if order["untouched"] else [CHOOSING]
     for half in halves if order["evaluate"] else ():
         answer[half] = score(model, tokenizer, Path(order["data"]) / f"{half}.jsonl", order["seq_length"])
+    if order["left_to_right"]:
+        rows_BT = validation_rows(Path(order["data"]) / CURVE, order["seq_length"]).to(model.device)
+        answer["honest"] = losses_with_and_without_future(
+            lambda ids: model(input_ids=ids, use_cache=False).logits, rows_BT
+        )
     if order["sample"]:
         answer["sample"] = write_sample(model, tokenizer)
     return answer

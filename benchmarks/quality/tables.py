@@ -128,22 +128,25 @@ def number(value: float | None) -> str | None:
 
 
 def leaking_table(part: Finished) -> list[str]:
-    rows = [(run, row) for run, row in part.runs if "leaking" in row]
+    """One model that leaks, and those that do not, at the same places."""
+    found = [(run, losses) for run, row in part.runs if (losses := row.get("leaking", row.get("honest")))]
+    if not found:
+        return []
+    text = (
+        f"Losses at {found[0][1]['places']:,} places of validation rows: given whole rows, as in training, and given "
+        "only what stands before each of them, as one writes. They are equal where nothing of the future is seen; "
+        "*training*: the last loss of the training, of the model that leaks."
+    )
     body = [
         [
             run.side,
             run.flags["seed"],
-            *(f"{row['leaking'][n]:.4f}" for n in ("training", "whole_rows", "left_to_right")),
+            f"{losses['training']:.4f}" if "training" in losses else None,
+            *(f"{losses[way]:.4f}" for way in ("whole_rows", "left_to_right")),
         ]
-        for run, row in rows
+        for run, losses in found
     ]
-    if not body:
-        return []
-    text = (
-        "A Linformer that sees the future: its training loss, its loss on whole validation rows, and its loss on the "
-        f"same {rows[0][1]['leaking']['places']:,} tokens of these when it is given only what stands before them:"
-    )
-    return ["", text, *table(["side", "seed", "training", "validation, whole rows", "left to right"], body)]
+    return ["", text, *table(["side", "seed", "training", "whole rows", "left to right"], body)]
 
 
 def speed_table(part: Finished) -> list[str]:
