@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from tolerances import CACHE, GRADIENT, ORACLE, VALUE, relative_error
+from torch import library
 
 from linpass import (
     LinformerConfig,
@@ -459,7 +460,7 @@ def test_the_operators_keep_their_promises(position_embedding, how, device, monk
     assert len(names) == 8
     assert calls.keys() == names
     for operator, arguments in calls.values():
-        torch.library.opcheck(operator, tuple(arguments), test_utils=("test_schema", "test_faketensor"))
+        library.opcheck(operator, tuple(arguments), test_utils=("test_schema", "test_faketensor"))
 
 
 def inputs_of(how, ids):

@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tolerances import GRADIENT, ORACLE, VALUE, relative_error
+from torch import library
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import linpass.kernels_linformer
@@ -396,7 +397,7 @@ def test_angles_are_those_of_the_oracle(dim, dtype, kernels):
 
 def test_angles_are_an_operator(kernels):
     position = torch.arange(50, device=DEVICE).reshape(2, 25)
-    torch.library.opcheck(kernels.rotary_angles_op, (position, 16, 1e4, torch.float32))
+    library.opcheck(kernels.rotary_angles_op, (position, 16, 1e4, torch.float32))
 
 
 @pytest.mark.parametrize("case", [small(), small(packed="each"), small(rotary=False, groups=2), real(groups=2)])
@@ -1232,11 +1233,11 @@ def test_the_operators_of_a_row_keep_their_promises(case, kernels):
     *states, weights, angles = row_arguments(case, leaves, angles)
     arguments = (*states, *weights, *(angles or (None, None)))
     tests = {"test_utils": ("test_schema", "test_faketensor")}
-    torch.library.opcheck(kernels.mix_sequence_and_attend_op, arguments, **tests)
+    library.opcheck(kernels.mix_sequence_and_attend_op, arguments, **tests)
     results = kernels.mix_sequence_and_attend_op(*arguments)
     for needs_weight in (True, False):
         backward = (output_gradient(case), *arguments, *results, needs_weight)
-        torch.library.opcheck(kernels.mix_sequence_and_attend_backward_op, backward, **tests)
+        library.opcheck(kernels.mix_sequence_and_attend_backward_op, backward, **tests)
 
 
 def encoder_call(projection, **changes):

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 import pytest
 import torch
 from tolerances import ORACLE, VALUE, relative_error
+from torch import library
 from transformers import CompileConfig, GenerationConfig
 
 from linpass import LinformerCache, LinformerForCausalLM, layers_linformer
@@ -185,7 +186,7 @@ def test_a_gradient_takes_the_pytorch_path(of, kernels):
 def test_the_operator_keeps_its_promises(case, kernels):
     call = random_call(case)
     memory = [tensor.nan_to_num() for tensor in call["memory"]]
-    torch.library.opcheck(
+    library.opcheck(
         kernels.attend_next_token_op,
         (
             call["query_BH1D"],

@@ -65,7 +65,8 @@ def write_report(folder: Path, with_untouched: bool, themes: Sequence[str] = (*S
 
 def waiting(part: Finished) -> list[str]:
     """Sides that have no rate yet; runs of theirs, made with an earlier grid, are in runs.jsonl."""
-    sides = [side for side in part.theme.sides if side not in {run.side for run, _row in part.runs}]
+    run_sides = {run.side for run, _row in part.runs}
+    sides = [side for side in part.theme.sides if side not in run_sides]
     return ["", f"Without a run at the rate that their sweep chose: {'; '.join(sides)}."] if sides else []
 
 

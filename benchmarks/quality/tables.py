@@ -59,17 +59,15 @@ def loss_table(part: Finished, half: str, untouched: dict[str, Row]) -> list[str
                 f"{rows[0]['flags']['learning_rate']:g}",
                 f"{len(own)}" + (f", {diverged} diverged" if diverged else ""),
                 with_error(spread.mean, spread.deviation) if spread else None,
-                with_error(apart.seeds.mean, apart.seeds.standard_error, signed=True) if apart else None,
-                number(apart.document_error) if apart else None,
-                interval(apart) if apart else None,
+                *(difference_cells(apart) if apart else [None] * 3),
                 f"{Spread.of(speeds).mean:,.0f}" if speeds else None,
             ]
         )
-    head = ["side", "parameters", "rate", "seeds", "loss ± deviation", f"less {reference} ± error", "± over documents"]
+    head = ["side", "parameters", "rate", "seeds", "loss ± deviation", *difference_head(reference)]
     text = f"On the {half} half."
     if part.theme.goal is not None:
         text += f" The goal, set beforehand, is {part.theme.goal:+g} for {next(iter(sides))}."
-    lines = ["", text, *table([*head, "95 %", "tokens/s"], body)]
+    lines = ["", text, *table([*head, "tokens/s"], body)]
     for other in part.theme.also_against:
         lines += difference_table({side: scores(rows, half, untouched) for side, rows in sides.items()}, other)
     return lines
@@ -81,11 +79,19 @@ def difference_table(sides: dict[str, dict[int, Row]], reference: str) -> list[s
     for side, own in sides.items():
         apart = difference(own, against) if side != reference else None
         if apart:
-            with_seeds = with_error(apart.seeds.mean, apart.seeds.standard_error, signed=True)
-            body.append([side, f"{len(own.keys() & against.keys())}", with_seeds, number(apart.document_error)])
-            body[-1].append(interval(apart))
-    head = ["side", "seeds", f"less {reference} ± error", "± over documents", "95 %"]
+            body.append([side, apart.seeds.count, *difference_cells(apart)])
+    head = ["side", "seeds", *difference_head(reference)]
     return ["", *table(head, body)] if body else []
+
+
+def difference_head(reference: str) -> list[str]:
+    return [f"less {reference} ± error", "± over documents", "95 %"]
+
+
+def difference_cells(apart: Difference) -> list[str | None]:
+    """Under ``difference_head``."""
+    with_seeds = with_error(apart.seeds.mean, apart.seeds.standard_error, signed=True)
+    return [with_seeds, number(apart.document_error), interval(apart)]
 
 
 def interval(apart: Difference) -> str | None:
