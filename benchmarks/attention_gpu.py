@@ -120,7 +120,8 @@ def time_one(
 def time_all(report: Report, plan: Plan, red: set[str], device: torch.device) -> None:
     """For each width ours and the full attentions, next to each other in time, and their graphs; then rival by rival.
 
-    So a rival whose compiler takes minutes keeps none from its turn that came before it.
+    So a rival whose compiler takes minutes keeps none from its turn that came before it; and the rivals' first turn is
+    the rows with a target.
     """
     compared, *others = plan.variants
     for width in dict.fromkeys((shape.heads, shape.dim) for shape in plan.shapes):
@@ -128,9 +129,10 @@ def time_all(report: Report, plan: Plan, red: set[str], device: torch.device) ->
         time_group(report, plan, compared, shapes, red, device)
         if "graphs" in plan.parts and device.type == "cuda":
             replay_all(report, plan, shapes, red, device)
-    for group in others:
-        for variant in group:
-            time_group(report, plan, (variant,), plan.shapes, red, device)
+    for has_target in (True, False):
+        shapes = [shape for shape in plan.shapes if shape.has_target == has_target]
+        for variant in (variant for group in others for variant in group):
+            time_group(report, plan, (variant,), shapes, red, device)
 
 
 def time_group(
@@ -143,7 +145,7 @@ def time_group(
 ) -> None:
     """Shape by shape, all of the group on the same tensors."""
     for shape in shapes if "timing" in plan.parts else ():
-        variants = [variant for variant in group if variant.measured_at(shape) and variant.name not in red]
+        variants = [variant for variant in group if variant.name not in red]
         inputs = inputs_for(shape, plan, device) if variants else []
         for variant in variants:
             time_one(report, plan, variant, shape, inputs)

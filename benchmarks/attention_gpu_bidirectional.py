@@ -130,6 +130,6 @@ CORE = (
     cases.Variant("flash full", cases.with_backend(SDPBackend.FLASH_ATTENTION)),
 )
 OTHERS = (
-    cases.Variant(cases.OURS_IN_PYTORCH.name, with_module(attention_linformer), wide=False),
-    cases.Variant("linformer (lucidrains)", cases.linformer_of_lucidrains, wide=False),
+    cases.Variant(cases.OURS_IN_PYTORCH.name, with_module(attention_linformer)),
+    cases.Variant("linformer (lucidrains)", cases.linformer_of_lucidrains),
 )

@@ -56,6 +56,10 @@ class Shape(NamedTuple):
         return not self.window
 
     @property
+    def has_target(self) -> bool:
+        return (self.heads, self.dim) == (8, 64) and self.tokens in WITH_TARGET
+
+    @property
     def pairs(self) -> int:
         """Pairs of a query and a slot or token that it sees."""
         if self.bidirectional:
@@ -102,16 +106,10 @@ class Attention(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """A way to attend: ``build(shape, inputs)`` with queries, keys, values, E and F; and where it is measured."""
+    """A way to attend: ``build(shape, inputs)`` with queries, keys, values, E and F."""
 
     name: str
     build: Callable[[Shape, list[Tensor]], Attention]
-    lengths: tuple[int, ...] | None = None
-    wide: bool = True
-
-    def measured_at(self, shape: Shape) -> bool:
-        """``lengths`` None is every n; variants that are not ``wide`` are measured with 8 heads of 64 alone."""
-        return (self.lengths is None or shape.tokens in self.lengths) and (self.wide or shape.heads * shape.dim <= 512)
 
 
 def make_inputs(shape: Shape, batch: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
@@ -252,14 +250,14 @@ def linformer_of_lucidrains(shape: Shape, inputs: list[Tensor]) -> Attention:
 
 
 OURS = Variant("linpass", with_module(kernels_linformer))
-OURS_IN_PYTORCH = Variant("linpass, PyTorch", with_module(attention_linformer), (512, 2048, 8192, 65536), wide=False)
+OURS_IN_PYTORCH = Variant("linpass, PyTorch", with_module(attention_linformer))
 CUDNN = Variant("cuDNN causal", with_backend(SDPBackend.CUDNN_ATTENTION))
 FLASH = Variant("flash causal", with_backend(SDPBackend.FLASH_ATTENTION))
 # Measured side by side at every shape, then the rest one by one, those that need no compiler first.
 CORE = (OURS, CUDNN, FLASH)
 OTHERS = (
     OURS_IN_PYTORCH,
-    Variant("linformer (lucidrains, leaks)", linformer_of_lucidrains, (512, 2048, 8192), wide=False),
-    Variant("FlexAttention", flex_attention_over_slots, (512, 2048, 8192, 65536), wide=False),
-    Variant("chunk_gsa, 64 slots", gated_slot_attention, (512, 8192, 65536), wide=False),
+    Variant("linformer (lucidrains, leaks)", linformer_of_lucidrains),
+    Variant("FlexAttention", flex_attention_over_slots),
+    Variant("chunk_gsa, 64 slots", gated_slot_attention),
 )

@@ -53,9 +53,10 @@ def test_every_row_is_written_and_stands_in_the_tables(tmp_path):
 
     names = ["linpass", "cuDNN causal", "flash causal"]
     timed = [(row["n"], row["variant"]) for row in result["timing"] if "both_ms" in row]
-    assert timed == [*((n, name) for n in (96, 512) for name in names), (512, "linpass, PyTorch")]
-    rivals = [row["variant"] for row in result["timing"]][6:]  # after all widths, one after the other
-    assert rivals == ["linpass, PyTorch", "not installed", "not installed"]
+    rivals = [(n, "linpass, PyTorch") for n in (512, 96)]
+    assert timed == [*((n, name) for n in (96, 512) for name in names), *rivals]
+    turns = [(row["n"], row["variant"]) for row in result["timing"]][6:]  # all at the row with a target, then the other
+    assert turns == [(n, name) for n in (512, 96) for name in ("linpass, PyTorch", "not installed")]
     for row in result["timing"]:
         if row["variant"] == "not installed":
             assert row["failed"] == "ModuleNotFoundError: No module named 'a_package_that_nobody_has'"
@@ -69,7 +70,7 @@ def test_every_row_is_written_and_stands_in_the_tables(tmp_path):
     found = attention_gpu_report.summary(result)
     assert found["red"] == []
     assert found["over_cudnn"].keys() == found["met"].keys() == {512}
-    assert found["failed"] == [["not installed", 96], ["not installed", 512]]
+    assert found["failed"] == [["not installed", 512], ["not installed", 96]]
 
 
 def test_a_wrong_result_is_not_timed(tmp_path, monkeypatch):
@@ -114,7 +115,8 @@ def test_a_second_run_measures_what_the_first_left_out(tmp_path, monkeypatch):
     )
     second = attention_gpu.run(tmp_path / "second.json", plan, CPU, seconds=3600, done=first)
     assert len(measured) == 2
-    assert [row["variant"] for row in second["timing"]] == ["linpass", "cuDNN causal", "flash causal"]
+    timed = ["linpass", "cuDNN causal", "flash causal", "linpass, PyTorch"]
+    assert [row["variant"] for row in second["timing"]] == timed
     assert second["gate"] == first["gate"]
     assert second["timing"][0] == first["timing"][0]
     assert second["ceilings"] == first["ceilings"]
