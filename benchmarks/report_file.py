@@ -39,10 +39,8 @@ class Report:
     ):
         self.path, self.line, self.ends = path, line, time.perf_counter() + seconds
         self.row_seconds = row_seconds
-        if done:
-            environment = environment | {
-                "commit": f"{environment['commit']}; earlier rows: {done['environment']['commit']}"
-            }
+        if done and (earlier := done["environment"]["commit"]) != environment["commit"]:
+            environment = environment | {"commit": f"{environment['commit']}; earlier rows: {earlier}"}
         self.result = {"theme": theme, "environment": environment}
         self.result |= {section: [] for section in (*sections, "left_out")}
         self.done = done or {}
