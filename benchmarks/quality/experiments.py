@@ -151,7 +151,8 @@ def runs_of(theme: Theme, rates: dict[str, float]) -> list[Run]:
         rates: the chosen rate of each side of the sweep ``rates_of``; sides without one are left out.
     """
     runs = []
-    for seed in theme.seeds:
+    further = (seed for own in theme.sides.values() for seed in own.get("seeds", ()))
+    for seed in dict.fromkeys([*theme.seeds, *further]):
         for place in range(max(1, *(len(theme.rates(side)) for side in theme.sides))):
             for side, values in theme.sides.items():
                 if seed not in values.get("seeds", theme.seeds):

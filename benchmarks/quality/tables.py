@@ -66,7 +66,7 @@ def loss_table(part: Finished, half: str, untouched: dict[str, Row]) -> list[str
     head = ["side", "parameters", "rate", "seeds", "loss ± deviation", *difference_head(reference)]
     text = f"On the {half} half."
     if part.theme.goal is not None:
-        text += f" The goal, set beforehand, is {part.theme.goal:+g} for {next(iter(sides))}."
+        text += f" The goal, set beforehand, is {part.theme.goal:+g} for a Linformer."
     lines = ["", text, *table([*head, "tokens/s"], body)]
     for other in part.theme.also_against:
         lines += difference_table({side: scores(rows, half, untouched) for side, rows in sides.items()}, other)
@@ -81,7 +81,7 @@ def difference_table(sides: dict[str, dict[int, Row]], reference: str) -> list[s
         if apart:
             body.append([side, apart.seeds.count, *difference_cells(apart)])
     head = ["side", "seeds", *difference_head(reference)]
-    return ["", *table(head, body)] if body else []
+    return ["", f"Against {reference}, runs with the same seed:", *table(head, body)] if body else []
 
 
 def difference_head(reference: str) -> list[str]:
@@ -136,7 +136,7 @@ def number(value: float | None) -> str | None:
 def leaking_table(part: Finished) -> list[str]:
     """One model that leaks, and those that do not, at the same places."""
     found = [(run, losses) for run, row in part.runs if (losses := row.get("leaking", row.get("honest")))]
-    if not found:
+    if not found or not part.theme.left_to_right:
         return []
     text = (
         f"Losses at {found[0][1]['places']:,} places of validation rows: given whole rows, as in training, and given "
