@@ -241,6 +241,10 @@ def notes(result: dict) -> list[str]:
     failed = [
         f"- {r['variant']}, {r['heads']} heads, n = {r['n']}: {r['failed']}" for r in result["timing"] if "failed" in r
     ]
-    left = [f"- {names['section']}: {line(names)}" for names in result["left_out"]]
+    left: dict[str, list[str]] = {}
+    for names in result["left_out"]:
+        who = f"{names['section']}: {names['variant']}" + (f", {names['heads']}x{names['dim']}" if "n" in names else "")
+        left.setdefault(who, []).append(f"n = {names['n']}" if "n" in names else names["case"])
     lines = ["", "Failed:", "", *failed] if failed else []
-    return lines + (["", "Left out for want of time:", "", *left] if left else [])
+    left_out = [f"- {who}, {', '.join(what)}" for who, what in left.items()]
+    return lines + (["", "Left out for want of time:", "", *left_out] if left else [])

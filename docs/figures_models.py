@@ -33,10 +33,11 @@ WAYS = {  # colour and line of each way of benchmarks.decoding_gpu
 }
 
 
-def newest(theme: str) -> dict | None:
-    """The newest result of a benchmark."""
+def newest(theme: str, section: str) -> dict | None:
+    """The newest result of a benchmark that has rows in a section: parts are measured one by one, too."""
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
     found = [result for result in results if isinstance(result, dict) and result.get("theme") == theme]
+    found = [result for result in found if result[section]]
     return max(found, key=lambda result: result["environment"]["date"], default=None)
 
 
@@ -115,10 +116,10 @@ def _title(figure, result: dict, text: str) -> None:
 
 
 if __name__ == "__main__":
-    for theme, draw, name in (
-        ("models_gpu", draw_training, "training_gpu.png"),
-        ("decoding_gpu", draw_decoding, "decoding_gpu.png"),
+    for theme, section, draw, name in (
+        ("models_gpu", "training", draw_training, "training_gpu.png"),
+        ("decoding_gpu", "decoding", draw_decoding, "decoding_gpu.png"),
     ):
-        found = newest(theme)
+        found = newest(theme, section)
         if found is not None:
             draw(DOCS / name, found)

@@ -79,9 +79,11 @@ def build_trainer(folder, callbacks=(), build_model=Bigram, **changes):
         "use_cpu": True,
         "seed": 1,
     }
+    arguments = TrainingArguments(**values | changes)
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # on a machine of several, one: torch's DataParallel warns
     return Trainer(
         model=build_model(),
-        args=TrainingArguments(**values | changes),
+        args=arguments,
         train_dataset=Rows(64),
         eval_dataset=Rows(8),
         callbacks=list(callbacks),
