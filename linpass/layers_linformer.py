@@ -220,8 +220,7 @@ class LinformerAttention(nn.Module):
         key = self.k_proj(hidden_states).unflatten(-1, (self.key_value_heads, self.head_dim))
         value = self.v_proj(hidden_states).unflatten(-1, (self.key_value_heads, self.head_dim))
         if self.config.qk_norm:  # before heads and tokens change places: norms copy what is not contiguous
-            query = F.rms_norm(query, (self.head_dim,), eps=self.config.norm_eps).to(value.dtype)
-            key = F.rms_norm(key, (self.head_dim,), eps=self.config.norm_eps).to(value.dtype)
+            query, key = (states.to(value.dtype) for states in self._normalise(query, key))
         query, key, value = (states.transpose(1, 2) for states in (query, key, value))
         weights = shared_weights if self.projection is None else self.projection(hidden_states)
         slot_angles = slot_angles.get(self.k)
@@ -237,6 +236,11 @@ class LinformerAttention(nn.Module):
         else:
             output, probabilities = self._attend_before(query, key, value, weights, grid, angles, slot_angles, cache)
         return self.o_proj(grid.restore(output.transpose(1, 2).flatten(2))), probabilities
+
+    def _normalise(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, T, H, D], each head by the root of its mean square (after Henry et al. 2020, arXiv:2010.04245)."""
+        size, eps = (self.head_dim,), self.config.norm_eps
+        return F.rms_norm(query, size, eps=eps), F.rms_norm(key, size, eps=eps)
 
     def _attend_both_ways(self, query, key, value, weights, grid, angles, slot_angles):
         """Section 4 of the paper: all queries, k slots that mix the whole row; k = 0 is full attention."""

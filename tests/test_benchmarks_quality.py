@@ -53,9 +53,10 @@ TINY = {
 
 
 def runs_for_all_sides(name):
-    """The runs of a theme with the first seed, as if every side had a rate."""
+    """The runs of a theme with the first seed, as if every side had a rate: another one without QK-norm."""
     theme = read_theme(name)
-    rates = {values.get("rate_of", theme.rate_of or side): 1e-3 for side, values in theme.sides.items()}
+    names = [values.get("rate_of", theme.rate_of or side) for side, values in theme.sides.items()]
+    rates = {name: 2e-3 if "no QK-norm" in name else 1e-3 for name in names}
     return [run for run in runs_of(theme, rates) if run.flags["seed"] == theme.seeds[0]]
 
 
@@ -123,10 +124,10 @@ def test_the_claim_has_seeds_that_no_rate_was_chosen_with_and_shares_runs_with_t
 
 
 def test_a_side_may_have_rates_and_seeds_of_its_own():
-    theme = replace(read_theme("rates_1024"), sides={"a": {}, "b": {"learning_rates": [0.1, 0.2], "seeds": [7]}})
+    theme = replace(read_theme("rates_1024"), sides={"a": {}, "b": {"learning_rates": [0.1, 0.2], "seeds": [7, 8]}})
     theme = replace(theme, learning_rates=[0.1], seeds=[6, 7])
     found = [(run.flags["seed"], run.side, run.flags["learning_rate"]) for run in runs_of(theme, {})]
-    assert found == [(6, "a", 0.1), (7, "a", 0.1), (7, "b", 0.1), (7, "b", 0.2)]
+    assert found == [(6, "a", 0.1), (7, "a", 0.1), (7, "b", 0.1), (7, "b", 0.2), (8, "b", 0.1), (8, "b", 0.2)]
     assert theme.planned() == len(found)
 
 
@@ -492,9 +493,8 @@ def test_the_honest_loss_is_that_of_whole_rows_without_a_leak_alone():
 
 @pytest.fixture
 def small_model(tiny_config):
-    config = tiny_config(position_embedding="rotary")
     torch.manual_seed(0)
-    return lambda: LinformerForCausalLM(config).double().eval()
+    return lambda **fields: LinformerForCausalLM(tiny_config(position_embedding="rotary", **fields)).double().eval()
 
 
 def test_slots_and_window_are_normalised_apart_and_nothing_leaks(small_model, monkeypatch):
@@ -521,3 +521,21 @@ def test_output_layers_start_at_zero(small_model, monkeypatch):
         assert not layer.attention.o_proj.weight.any()
         assert not layer.mlp.down_proj.weight.any()
         assert layer.attention.q_proj.weight.any()
+
+
+def test_weights_of_qk_norm_make_scores_sharper(small_model, monkeypatch):
+    monkeypatch.setattr(layers_linformer, "LinformerAttention", layers_linformer.LinformerAttention)
+    torch.manual_seed(0)
+    plain = small_model(qk_norm=True)
+    variants.use_variant("weighted QK-norm")
+    model = small_model(qk_norm=True)
+    model.load_state_dict(plain.state_dict(), strict=False)
+    ids = torch.randint(50, (2, 32))
+    with torch.no_grad():
+        logits = plain(ids, use_cache=False).logits
+        assert (model(ids, use_cache=False).logits - logits).abs().max() < 1e-6  # they start at one
+        for layer in model.model.layers:
+            layer.attention.q_norm.weight *= 8
+        assert (model(ids, use_cache=False).logits - logits).abs().max() > 1e-3
+    norms = {name for name, _ in model.named_parameters()} - {name for name, _ in plain.named_parameters()}
+    assert norms == {f"model.layers.{i}.attention.{x}_norm.weight" for i in range(2) for x in "qk"}

@@ -7,10 +7,10 @@ It changes attention over whole rows, not steps of one token, so a variant write
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linpass import layers_linformer
+from linpass import LinformerConfig, layers_linformer
 from linpass.attention_linformer import mix_and_attend
 from linpass.kernels_linformer import attend_blocks
 
@@ -46,4 +46,23 @@ def zero_output() -> None:
     layers_linformer._residual_std = lambda config: 0.0
 
 
-VARIANTS: dict[str, Callable[[], None]] = {"dual norm": normalise_both, "zero output": zero_output}
+def weighted_norms() -> None:
+    """QK-norm with a weight for each feature, as in Qwen3: scores can be as large as the weights make them."""
+
+    class WithNorms(layers_linformer.LinformerAttention):
+        def __init__(self, config: LinformerConfig, layer_idx: int):
+            super().__init__(config, layer_idx)
+            self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps)
+
+        def _normalise(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+            return self.q_norm(query), self.k_norm(key)
+
+    layers_linformer.LinformerAttention = WithNorms
+
+
+VARIANTS: dict[str, Callable[[], None]] = {
+    "dual norm": normalise_both,
+    "zero output": zero_output,
+    "weighted QK-norm": weighted_norms,
+}
