@@ -216,7 +216,9 @@ def rotary_angles(position_BN: Tensor, dim: int, base: float, dtype: torch.dtype
 
 def rotate(states_BHND: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     """Queries, keys or slots turned to their positions, the first rows of ``angles``; the dtype stays."""
-    cos, sin = (part[..., : states_BHND.shape[2], :] for part in angles)
+    cos, sin, tokens = *angles, states_BHND.shape[2]
+    if cos.shape[-2] != tokens:
+        cos, sin = cos[..., :tokens, :], sin[..., :tokens, :]
     left, right = states_BHND.chunk(2, -1)
     return (states_BHND * cos + torch.cat((-right, left), -1) * sin).to(states_BHND.dtype)
 
