@@ -23,7 +23,7 @@ from benchmarks import decoding_gpu_cases as cases
 from benchmarks.decoding_gpu_report import line, page, summary
 from benchmarks.models_gpu_cases import Size
 from benchmarks.race import Rounds, race
-from benchmarks.report_file import Report, add_common_arguments, command_line, earlier_result
+from benchmarks.report_file import Report, add_common_arguments, add_smoke, command_line, device_of, earlier_result
 
 
 class Plan(NamedTuple):
@@ -95,27 +95,23 @@ def run(
         }
         race(report, "decoding", {"context": context, "batch": batch}, builders, device, plan.rounds)
         situation.__dict__.clear()  # its caches, before the next ones are made
-    report.write()
-    path.with_suffix(".md").write_text(page(report.result), encoding="utf-8")
-    return report.result
+    return report.close(page)
 
 
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Decoding on one GPU: latency, tokens per second, bytes of the cache.")
     add_common_arguments(parser)
+    add_smoke(parser)
     parser.add_argument("--contexts", help="some of the contexts, with commas between")
     parser.add_argument("--batches", help="some of the batches, with commas between")
     parser.add_argument("--ways", help=f"some of the ways, with semicolons between: {';'.join(cases.WAYS)}")
     parser.add_argument("--profile", action="store_true", help="list the longest kernels of every row, too")
-    parser.add_argument("--smoke", action="store_true", help="tiny models on a CPU: tests the program, not the speed")
     arguments = parser.parse_args(words)
-    if not arguments.smoke and not torch.cuda.is_available():
-        parser.error("needs a CUDA device, or --smoke")
+    device = device_of(arguments, parser)
     plan = chosen(arguments, parser)
     warnings.simplefilter("ignore")  # of compilers about their own parts
     done = earlier_result(arguments.resume, "decoding_gpu", parser)
     command = command_line("benchmarks.decoding_gpu", words)
-    device = torch.device("cpu" if arguments.smoke else "cuda")
     result = run(arguments.result, plan, device, arguments.seconds, command, done)
     print(json.dumps(summary(result)))
 

@@ -19,7 +19,15 @@ from torch.nn import functional as F
 from benchmarks import models_gpu_cases as cases
 from benchmarks.attention_gpu_gate import tolerances
 from benchmarks.environment import describe
-from benchmarks.report_file import Report, add_common_arguments, command_line, earlier_result, table
+from benchmarks.report_file import (
+    Report,
+    add_common_arguments,
+    add_smoke,
+    command_line,
+    device_of,
+    earlier_result,
+    table,
+)
 from linpass import LinformerConfig
 
 WAYS = {"kernels": "sdpa", "PyTorch": "eager"}  # attn_implementation
@@ -170,20 +178,17 @@ def run(
         names = {"case": case.name, "model": model, "n": case.config.seq_length, "precision": case.precision}
         for way in WAYS:
             report.add("errors", names | {"attention": way}, partial(compare, case, way, sizes.rows, device))
-    report.write()
-    path.with_suffix(".md").write_text(page(report.result), encoding="utf-8")
-    return report.result
+    return report.close(page)
 
 
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Errors of whole models against float64, and equal bits of two runs.")
     add_common_arguments(parser)
-    parser.add_argument("--smoke", action="store_true", help="tiny models on a CPU: tests the program")
+    add_smoke(parser)
     arguments = parser.parse_args(words)
-    if not arguments.smoke and not torch.cuda.is_available():
-        parser.error("needs a CUDA device, or --smoke")
+    device = device_of(arguments, parser)
     done = earlier_result(arguments.resume, "model_errors", parser)
-    sizes, device = (SMOKE, torch.device("cpu")) if arguments.smoke else (Sizes(), torch.device("cuda"))
+    sizes = SMOKE if arguments.smoke else Sizes()
     command = command_line("benchmarks.model_errors", words)
     result = run(arguments.result, sizes, device, arguments.seconds, command, done)
     print(json.dumps({"rows": len(result["errors"]), "failed": sum("failed" in row for row in result["errors"])}))

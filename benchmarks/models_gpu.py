@@ -22,7 +22,7 @@ import torch
 from benchmarks import models_gpu_cases as cases
 from benchmarks.models_gpu_report import line, page, summary
 from benchmarks.race import Rounds, race
-from benchmarks.report_file import Report, add_common_arguments, command_line, earlier_result
+from benchmarks.report_file import Report, add_common_arguments, add_smoke, command_line, device_of, earlier_result
 
 PARTS = ("training", "prefill", "encoder")
 MODES = ("compiled", "eager")
@@ -149,28 +149,24 @@ def run(
     measure = {"training": train_causal, "prefill": prefill, "encoder": train_encoder}
     for part in (part for part in PARTS if part in plan.parts):
         measure[part](report, plan, device)
-    report.write()
-    path.with_suffix(".md").write_text(page(report.result), encoding="utf-8")
-    return report.result
+    return report.close(page)
 
 
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Whole models on one GPU: training, prefill, encoder.")
     add_common_arguments(parser)
+    add_smoke(parser)
     parser.add_argument("--only", help=f"some of the parts, with commas between: {','.join(PARTS)}")
     parser.add_argument("--modes", help=f"some of the modes of training: {','.join(MODES)}")
     parser.add_argument("--models", help=f"some of the models, with semicolons between: {';'.join(cases.CAUSAL)};BERT")
     parser.add_argument("--lengths", help="some of the lengths n, with commas between")
     parser.add_argument("--profile", action="store_true", help="list the longest kernels of every row, too")
-    parser.add_argument("--smoke", action="store_true", help="tiny models on a CPU: tests the program, not the speed")
     arguments = parser.parse_args(words)
-    if not arguments.smoke and not torch.cuda.is_available():
-        parser.error("needs a CUDA device, or --smoke")
+    device = device_of(arguments, parser)
     plan = chosen(arguments, parser)
     warnings.simplefilter("ignore")  # of compilers about their own parts
     done = earlier_result(arguments.resume, "models_gpu", parser)
     command = command_line("benchmarks.models_gpu", words)
-    device = torch.device("cpu" if arguments.smoke else "cuda")
     result = run(arguments.result, plan, device, arguments.seconds, command, done)
     print(json.dumps(summary(result)))
 

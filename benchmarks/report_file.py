@@ -85,6 +85,12 @@ class Report:
     def write(self) -> None:
         self.path.write_text(json.dumps(self.result, indent=1) + "\n", encoding="utf-8")
 
+    def close(self, page: Callable[[dict], str]) -> dict:
+        """Write the result, and what ``page`` makes of it beside it, with .md; returns the result."""
+        self.write()
+        self.path.with_suffix(".md").write_text(page(self.result), encoding="utf-8")
+        return self.result
+
 
 @contextmanager
 def at_most(seconds: float | None) -> Iterator[None]:
@@ -114,6 +120,18 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", type=Path, help="an earlier RESULT.json of the same version and device: its rows are kept"
     )
+
+
+def add_smoke(parser: argparse.ArgumentParser) -> None:
+    """``--smoke``, for :func:`device_of`."""
+    parser.add_argument("--smoke", action="store_true", help="tiny models on a CPU: tests the program, not the speed")
+
+
+def device_of(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> torch.device:
+    """The GPU, or the CPU for ``--smoke``; the parser ends the program where there is no GPU."""
+    if not arguments.smoke and not torch.cuda.is_available():
+        parser.error("needs a CUDA device, or --smoke")
+    return torch.device("cpu" if arguments.smoke else "cuda")
 
 
 def earlier_result(path: Path | None, theme: str, parser: argparse.ArgumentParser) -> dict | None:
