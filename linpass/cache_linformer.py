@@ -54,7 +54,7 @@ class LinformerCacheLayer(CacheLayerMixin):
         return slots, per_block, config.block_size, config.window_size
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Zeros for batch, heads, dtype and device of ``key_states`` [B, G, *, D], unless they are there already."""
+        """Memory for batch, heads, dtype and device of ``key_states`` [B, G, *, D], unless it is there already."""
         batch, heads, _, dim = key_states.shape
         wanted = (batch, heads, self.window_size, dim), key_states.dtype, key_states.device
         if self.keys is None or (self.keys.shape, self.keys.dtype, self.keys.device) != wanted:
@@ -62,14 +62,21 @@ class LinformerCacheLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def allocate(self, batch: int, heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Zeros, before the first token: a compiled prompt finds tensors whose addresses are known."""
+        """Memory, before the first token: a compiled prompt finds tensors whose addresses are known.
+
+        Ring and slots hold nothing yet: a prompt writes the whole of them. Sums and counters are zero.
+        """
         self.dtype, self.device = dtype, device
-        self.keys = torch.zeros(batch, heads, self.window_size, dim, dtype=dtype, device=device)
-        self.slot_keys = torch.zeros(batch, heads, self.slots, dim, dtype=dtype, device=device)
+        self.keys, self.values = (
+            torch.empty(batch, heads, self.window_size, dim, dtype=dtype, device=device) for _ in range(2)
+        )
+        self.slot_keys, self.slot_values = (
+            torch.empty(batch, heads, self.slots, dim, dtype=dtype, device=device) for _ in range(2)
+        )
         sums_in = torch.promote_types(dtype, torch.float32)
-        self.block_keys = torch.zeros(batch, heads, self.slots_per_block, dim, dtype=sums_in, device=device)
-        self.values, self.slot_values = self.keys.clone(), self.slot_keys.clone()
-        self.block_values = self.block_keys.clone()
+        self.block_keys, self.block_values = (
+            torch.zeros(batch, heads, self.slots_per_block, dim, dtype=sums_in, device=device) for _ in range(2)
+        )
         self.seen = torch.zeros(batch, dtype=torch.long, device=device)
         self.columns = torch.zeros((), dtype=torch.long, device=device)
         self.arrived = torch.zeros(batch, heads, dtype=torch.int32, device=device)
@@ -186,7 +193,7 @@ class LinformerCacheLayer(CacheLayerMixin):
         block_keys: Tensor | None,
         block_values: Tensor | None,
     ) -> None:
-        """The first tokens of every row, into a cache of zeros; :meth:`count` then counts them.
+        """The first tokens of every row: writes all of ring and slots; :meth:`count` then counts the tokens.
 
         Args:
             key_BGND, value_BGND: tokens at their columns, keys rotated.

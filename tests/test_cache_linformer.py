@@ -97,6 +97,23 @@ def test_a_prompt_is_computed_as_without_a_cache(tokens, build, tiny_config):
         assert torch.equal(model(ids, use_cache=True).logits, model(ids, use_cache=False).logits)
 
 
+@pytest.mark.parametrize("tokens", [1, 5, 21])
+def test_no_memory_is_read_that_nobody_wrote(tokens, build, tiny_config, monkeypatch):
+    """Of prompts shorter and longer than the window, rows of different lengths."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)  # with which torch.empty is full of NaN
+    try:
+        assert torch.empty(1).isnan().all()
+        model = build(LinformerForCausalLM, tiny_config(position_embedding="rotary"))
+        ids, mask = torch.randint(1, 50, (2, 30)), torch.ones(2, 30, dtype=torch.long)
+        mask[1, : tokens // 2] = 0
+        logits, cache = in_calls(model, ids, [tokens, *[1] * (30 - tokens)], mask)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert logits[mask.bool()].isfinite().all()
+    assert all(getattr(layer, name).isfinite().all() for layer in cache.layers for name in layer._tensors)
+
+
 def test_rows_can_be_reordered_selected_repeated_and_copied(build, tiny_config):
     model = build(LinformerForCausalLM, tiny_config(k=[8, 0]))
     ids = torch.randint(0, 50, (3, 30))
