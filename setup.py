@@ -11,7 +11,7 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "linpass/__init__.py").re
 # data sets of the Hub need datasets, reading .zst and .parquet zstandard and pyarrow, pictures matplotlib
 TRAIN = ["datasets>=4.0", "matplotlib>=3.8", "pyarrow>=15", "zstandard>=0.22"]
 COMPARE = [*TRAIN, "scikit-learn>=1.5"]
-TEST = [*COMPARE, "hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.6"]
+TEST = [*COMPARE, "hypothesis>=6.100", "peft>=0.18", "pytest>=8", "pytest-xdist>=3.6"]
 
 setup(
     name="linpass",

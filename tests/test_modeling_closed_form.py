@@ -30,6 +30,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from versions import CHECKPOINTING
 
 from linpass import ClosedFormConfig, ClosedFormForSequenceClassification, LinformerConfig
 from linpass.singlepass.kernel_ridge import kernel_ridge, nystrom_conjugate_gradient
@@ -69,9 +70,6 @@ MAPS = {
     "nystrom": {"num_features": 10, "kernel": "laplace"},
     "kernel": {"num_features": 10, "kernel": "deep", "depth": 3},
 }
-# The field is renamed in transformers 5.2x; both names are in use.
-FIELDS = TrainingArguments.__dataclass_fields__
-CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in FIELDS else "gradient_checkpointing"
 
 
 def make_encoder(name, dtype=torch.float32):

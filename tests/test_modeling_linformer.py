@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tolerances import ORACLE
 from transformers import AutoModel, Trainer, TrainingArguments
+from versions import CHECKPOINTING
 
 from linpass import (
     LinformerConfig,
@@ -28,9 +29,6 @@ HEADS = [
     LinformerForTokenClassification,
 ]
 FIRST_OUTPUT = {LinformerModel: "last_hidden_state"}
-# The field is renamed in transformers 5.2x; both names are in use.
-FIELDS = TrainingArguments.__dataclass_fields__
-CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in FIELDS else "gradient_checkpointing"
 SHARINGS = ("none", "headwise", "key-value", "layerwise")
 
 
