@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from benchmarks.attention_gpu_cases import CUDNN, FLASH, OURS, Shape
+from benchmarks.attention_gpu_cases import CUDNN, FLASH, OURS, OURS_IN_PYTORCH, Shape
 from benchmarks.attention_gpu_measure import ALL_HEADS_CHECKED_TO
 from benchmarks.report_file import table
 
@@ -213,13 +213,20 @@ def graphs_table(result: dict, theme: Theme) -> list[str]:
     found = {(r["heads"], r["dim"], r["n"], r["variant"]): r.get("graph_ms", [None])[0] for r in result["graphs"]}
     body = []
     for heads, dim, n in sorted({key[:3] for key in found}):
-        ours, theirs = (found.get((heads, dim, n, name)) for name in (OURS.name, theme.cudnn))
+        ours, theirs, plain = (
+            found.get((heads, dim, n, name)) for name in (OURS.name, theme.cudnn, OURS_IN_PYTORCH.name)
+        )
         ratio = round(theirs / ours, 3) if ours and theirs else None
-        body.append([heads, dim, n, ours, theirs, ratio, theme.targets.get(n) if (heads, dim) == (8, 64) else None])
+        target = theme.targets.get(n) if (heads, dim) == (8, 64) else None
+        body.append([heads, dim, n, ours, theirs, ratio, target, plain])
     if not body:
         return []
     text = "Forward and backward replayed from a CUDA graph, so without the time that Python needs to launch them:"
     head = ["heads", "of", "n", f"{OURS.name} ms", f"{theme.cudnn} ms", "× cuDNN", "target"]
+    if any(row[-1] for row in body):
+        head += [f"{OURS_IN_PYTORCH.name} ms"]
+    else:
+        body = [row[:-1] for row in body]
     return ["", "## Without launch times", "", text, *table(head, body)]
 
 

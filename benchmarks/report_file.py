@@ -12,6 +12,10 @@ from pathlib import Path
 
 import torch
 
+EARLIER = "; earlier rows: "  # between the commits of a result
+# A row that is begun has so long, though the time for all of them ends before.
+LEAST_SECONDS = 60.0
+
 
 class Report:
     """Sections of rows; no row is begun when the time is over, and a row that fails says why and ends nothing.
@@ -23,7 +27,8 @@ class Report:
         path: JSON file, written anew after every row.
         seconds: after so long nothing is begun.
         line: a row, as text for the screen.
-        row_seconds: a row that takes longer has failed; None: it may take as long as it likes.
+        row_seconds: a row that takes longer has failed; None: it may take as long as it likes. What the end of the
+            time cuts off was left out.
     """
 
     def __init__(
@@ -39,8 +44,9 @@ class Report:
     ):
         self.path, self.line, self.ends = path, line, time.perf_counter() + seconds
         self.row_seconds = row_seconds
-        if done and (earlier := done["environment"]["commit"]) != environment["commit"]:
-            environment = environment | {"commit": f"{environment['commit']}; earlier rows: {earlier}"}
+        if done:
+            commits = [environment["commit"], *done["environment"]["commit"].split(EARLIER)]
+            environment = environment | {"commit": EARLIER.join(dict.fromkeys(commits))}
         self.result = {"theme": theme, "environment": environment}
         self.result |= {section: [] for section in (*sections, "left_out")}
         self.done = done or {}
@@ -55,12 +61,16 @@ class Report:
         if self.is_over():
             self.leave_out(section, names)
             return None
+        room = max(self.ends - time.perf_counter(), LEAST_SECONDS)
         try:
-            with at_most(self.row_seconds):
+            with at_most(None if self.row_seconds is None else min(self.row_seconds, room)):
                 row = names | compute()
                 if torch.cuda.is_initialized():
                     torch.cuda.synchronize()  # what fails on the device fails here, not in the next row
         except Exception as error:  # one variant that this version or device cannot run must not end the others
+            if isinstance(error, TimeoutError) and self.is_over():
+                self.leave_out(section, names)
+                return None
             row = names | failure(error)
         self.put(section, row)
         return row

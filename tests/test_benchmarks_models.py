@@ -11,7 +11,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import decoding_gpu, decoding_gpu_cases, decoding_gpu_report, models_gpu, models_gpu_report, race
+from benchmarks import (
+    decoding_gpu,
+    decoding_gpu_cases,
+    decoding_gpu_report,
+    models_gpu,
+    models_gpu_report,
+    race,
+    report_file,
+)
 from benchmarks import models_gpu_cases as cases
 from benchmarks.report_file import Report
 
@@ -109,6 +117,23 @@ def test_a_row_that_takes_too_long_has_failed(tmp_path):
     finally:
         signal.signal(signal.SIGALRM, limits[0])
         signal.setitimer(signal.ITIMER_REAL, *limits[1])
+
+
+def test_a_row_that_the_end_of_the_time_cuts_off_was_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(report_file, "LEAST_SECONDS", 0.1)
+    report = Report(tmp_path / "rows.json", 0.3, "theme", {}, ("rows",), str, row_seconds=30)
+    assert report.add("rows", {"n": 1}, lambda: time.sleep(30)) is None
+    assert report.result["rows"] == []
+    assert report.result["left_out"] == [{"section": "rows", "n": 1}]
+
+
+def test_every_commit_of_a_result_is_named_once(tmp_path):
+    commits = []
+    for commit in ("a", "b", "b", "a"):
+        done = {"environment": {"commit": commits[-1]}} if commits else None
+        report = Report(tmp_path / "rows.json", 1, "theme", {"commit": commit}, ("rows",), str, done)
+        commits.append(report.result["environment"]["commit"])
+    assert commits == ["a", "b; earlier rows: a", "b; earlier rows: a", "a; earlier rows: b"]
 
 
 def test_nothing_is_begun_when_the_time_is_over(tmp_path):

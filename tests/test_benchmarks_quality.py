@@ -523,7 +523,7 @@ def test_output_layers_start_at_zero(small_model, monkeypatch):
         assert layer.attention.q_proj.weight.any()
 
 
-def test_weights_of_qk_norm_make_scores_sharper(small_model, monkeypatch):
+def test_weights_of_qk_norm_make_scores_sharper(small_model, monkeypatch, tmp_path):
     monkeypatch.setattr(layers_linformer, "LinformerAttention", layers_linformer.LinformerAttention)
     torch.manual_seed(0)
     plain = small_model(qk_norm=True)
@@ -534,8 +534,15 @@ def test_weights_of_qk_norm_make_scores_sharper(small_model, monkeypatch):
     with torch.no_grad():
         logits = plain(ids, use_cache=False).logits
         assert (model(ids, use_cache=False).logits - logits).abs().max() < 1e-6  # they start at one
-        for layer in model.model.layers:
-            layer.attention.q_norm.weight *= 8
-        assert (model(ids, use_cache=False).logits - logits).abs().max() > 1e-3
+        model.set_attn_implementation("eager")  # which returns probabilities
+        for name in ("q_norm", "k_norm"):
+            largest = [model(ids, output_attentions=True).attentions[0].amax(-1).mean()]
+            for layer in model.model.layers:
+                getattr(layer.attention, name).weight *= 4
+            largest.append(model(ids, output_attentions=True).attentions[0].amax(-1).mean())
+            assert largest[1] > 1.1 * largest[0]
+        model.save_pretrained(tmp_path)
+        opened = LinformerForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
+        assert (opened(ids, use_cache=False).logits - model(ids, use_cache=False).logits).abs().max() < 1e-6
     norms = {name for name, _ in model.named_parameters()} - {name for name, _ in plain.named_parameters()}
     assert norms == {f"model.layers.{i}.attention.{x}_norm.weight" for i in range(2) for x in "qk"}

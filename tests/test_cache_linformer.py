@@ -97,21 +97,25 @@ def test_a_prompt_is_computed_as_without_a_cache(tokens, build, tiny_config):
         assert torch.equal(model(ids, use_cache=True).logits, model(ids, use_cache=False).logits)
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 21])
-def test_no_memory_is_read_that_nobody_wrote(tokens, build, tiny_config, monkeypatch):
-    """Of prompts shorter and longer than the window, rows of different lengths."""
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("tokens", [1, 5, 8, 16, 21])
+def test_no_memory_is_read_that_nobody_wrote(tokens, masked, build, tiny_config, monkeypatch):
+    """Of prompts shorter and longer than the window, with and without a block under way, rows equal and padded."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    was = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)  # with which torch.empty is full of NaN
     try:
         assert torch.empty(1).isnan().all()
         model = build(LinformerForCausalLM, tiny_config(position_embedding="rotary"))
         ids, mask = torch.randint(1, 50, (2, 30)), torch.ones(2, 30, dtype=torch.long)
-        mask[1, : tokens // 2] = 0
-        logits, cache = in_calls(model, ids, [tokens, *[1] * (30 - tokens)], mask)
+        mask[1, : (tokens + 1) // 2] = 0
+        mask = mask if masked else None
+        _, cache = in_calls(model, ids[:, :tokens], [tokens], mask)
+        logits, _ = in_calls(model, ids, [tokens, *[1] * (30 - tokens)], mask)
     finally:
-        torch.use_deterministic_algorithms(False)
-    assert logits[mask.bool()].isfinite().all()
+        torch.use_deterministic_algorithms(was)
     assert all(getattr(layer, name).isfinite().all() for layer in cache.layers for name in layer._tensors)
+    assert (logits if mask is None else logits[mask.bool()]).isfinite().all()
 
 
 def test_rows_can_be_reordered_selected_repeated_and_copied(build, tiny_config):

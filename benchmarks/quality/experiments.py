@@ -30,7 +30,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.variants import VARIANTS
+from benchmarks.quality.variants import VARIANTS, WHOLE_ROWS
 from linpass.errors import InputError
 from linpass.training.arguments import read_preset
 
@@ -198,6 +198,8 @@ def check(run: Run) -> None:
 
     if run.variant is not None and run.variant not in VARIANTS:
         raise InputError(f"variant={run.variant!r} must be one of: {', '.join(VARIANTS)}")
+    if run.variant in WHOLE_ROWS and run.theme.sample:
+        raise InputError(f"theme {run.theme.name}, side {run.side!r}: variant={run.variant!r} cannot write a sample")
     try:
         parsed = TrainParser().parse([*run.command(), "--output_dir", "nowhere"])
         build_config(parsed)

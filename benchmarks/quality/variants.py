@@ -1,7 +1,7 @@
 """Changes of the model that an ablation asks about and that the package has no field for.
 
 A variant is the value of ``variant`` of a side in a theme; it holds for the process that trains and measures one run.
-It changes attention over whole rows, not steps of one token, so a variant writes no samples.
+One of ``WHOLE_ROWS`` changes attention over whole rows, not steps of one token: it writes no samples.
 """
 
 from collections.abc import Callable
@@ -56,7 +56,11 @@ def weighted_norms() -> None:
             self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps)
 
         def _normalise(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-            return self.q_norm(query), self.k_norm(key)
+            pairs = ((query, self.q_norm), (key, self.k_norm))
+            # In one dtype, under autocast too: else the norm is not PyTorch's fused one.
+            norms = (F.rms_norm(states, n.weight.shape, n.weight.to(states.dtype), n.eps) for states, n in pairs)
+            query, key = norms
+            return query, key
 
     layers_linformer.LinformerAttention = WithNorms
 
@@ -66,3 +70,4 @@ VARIANTS: dict[str, Callable[[], None]] = {
     "zero output": zero_output,
     "weighted QK-norm": weighted_norms,
 }
+WHOLE_ROWS = {"dual norm"}
