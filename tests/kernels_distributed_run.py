@@ -1,8 +1,11 @@
 """What several processes do in test_gpu.py: one training step by DDP and FSDP 2, against one process on all the rows.
 
+A causal model, and an encoder.
+
 Arguments: "cuda" (NCCL) or "cpu" (gloo), and the file that the first process writes what it found to.
 """
 
+import itertools
 import json
 import os
 import sys
@@ -16,7 +19,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from linpass import LinformerConfig, LinformerForCausalLM, operators_linformer
+from linpass import LinformerConfig, LinformerForCausalLM, LinformerForMaskedLM, operators_linformer
 
 SIZES = {
     "vocab_size": 500,
@@ -39,15 +42,22 @@ SIZES = {
 ROWS, TOKENS = 4, 300
 
 
-def make_model(device):
+KINDS = {
+    "causal": (LinformerForCausalLM, {}),
+    "encoder": (LinformerForMaskedLM, {"causal": False, "projection": "learned", "projection_sharing": "headwise"}),
+}
+
+
+def make_model(kind, device):
     torch.manual_seed(0)
-    return LinformerForCausalLM(LinformerConfig(**SIZES)).to(device)
+    model_class, changes = KINDS[kind]
+    return model_class(LinformerConfig(**SIZES | changes)).to(device)
 
 
 def gradients_of(model, named, rows, precision):
     """Gradient of the mean loss over ``rows``, by name, whole on every process."""
     with precision:
-        loss = model(rows, labels=rows, use_cache=False).loss
+        loss = model(rows, labels=rows).loss
     loss.backward()
     whole = {}
     for name, parameter in named.named_parameters():
@@ -64,12 +74,12 @@ def shard(model, dtype):
     return fully_shard(model, mp_policy=policy)
 
 
-def compare(wrapper, dtype, device, rows):
+def compare(kind, wrapper, dtype, device, rows):
     """Relative error of every gradient, and the number of kernel calls of the wrapped model."""
     autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
-    alone = make_model(device)
+    alone = make_model(kind, device)
     expected = gradients_of(alone, alone, rows, autocast)
-    model = make_model(device)
+    model = make_model(kind, device)
     if wrapper == "ddp":
         wrapped = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
     else:
@@ -81,7 +91,7 @@ def compare(wrapper, dtype, device, rows):
         return launch(*arguments)
 
     operators_linformer.launch = count
-    own = rows[dist.get_rank() :: dist.get_world_size()]
+    own = rows[dist.get_rank() :: dist.get_world_size()].contiguous()
     actual = gradients_of(wrapped, model, own, autocast)
     operators_linformer.launch = launch
     return {
@@ -91,9 +101,9 @@ def compare(wrapper, dtype, device, rows):
     }
 
 
-def main(kind, report):
-    device = torch.device(kind, int(os.environ["LOCAL_RANK"]) if kind == "cuda" else None)
-    if kind == "cuda":
+def main(where, report):
+    device = torch.device(where, int(os.environ["LOCAL_RANK"]) if where == "cuda" else None)
+    if where == "cuda":
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", device_id=device)
     else:
@@ -101,10 +111,9 @@ def main(kind, report):
     torch.manual_seed(1)
     rows = torch.randint(0, SIZES["vocab_size"], (ROWS, TOKENS)).to(device)
     cases = {}
-    for wrapper in ("ddp", "fsdp"):
-        for dtype in (torch.float32, torch.bfloat16):
-            name = f"{wrapper} {str(dtype).removeprefix('torch.')}"
-            cases[name] = compare(wrapper, dtype, device, rows)
+    for kind, wrapper, dtype in itertools.product(KINDS, ("ddp", "fsdp"), (torch.float32, torch.bfloat16)):
+        name = f"{kind} {wrapper} {str(dtype).removeprefix('torch.')}"
+        cases[name] = compare(kind, wrapper, dtype, device, rows)
     if dist.get_rank() == 0:
         Path(report).write_text(json.dumps(cases), encoding="utf-8")
     dist.destroy_process_group()

@@ -5,6 +5,7 @@ autocast, recomputed, on several devices, and left out where Triton is missing.
 """
 
 import copy
+import itertools
 import json
 import os
 import subprocess
@@ -76,8 +77,11 @@ def started(monkeypatch):
 
 
 def real_model(device, dtype=torch.float32, **changes):
+    """Of the class that ``causal`` asks for."""
     torch.manual_seed(0)
-    return LinformerForCausalLM(LinformerConfig(**REAL | changes)).to(device, dtype)
+    config = LinformerConfig(**REAL | changes)
+    kind = LinformerForCausalLM if config.causal else LinformerForMaskedLM
+    return kind(config).to(device, dtype)
 
 
 def in_float64(model):
@@ -89,7 +93,7 @@ def values_and_gradients(model, ids, autocast=None, **inputs):
     """Logits, loss and the gradient of every parameter, by name."""
     model.zero_grad()
     with torch.autocast(ids.device.type, autocast, enabled=autocast is not None):
-        output = model(ids, labels=ids, use_cache=False, **inputs)
+        output = model(ids, labels=ids, **({"use_cache": False} if model.config.causal else {}), **inputs)
     (output.loss * SCALE).backward()
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     return {"logits": output.logits.detach(), "loss": output.loss.detach()} | gradients
@@ -402,8 +406,7 @@ def test_mixing_a_row_and_attention_compile_into_one_graph(how, dynamic, device)
 @pytest.mark.parametrize("projection", ["learned", "pooling"])
 def test_the_encoder_compiles_into_one_graph(projection, device):
     torch.compiler.reset()
-    config = LinformerConfig(**REAL | {"causal": False, "projection": projection})
-    model = LinformerForMaskedLM(config).to(device, torch.bfloat16).eval()
+    model = real_model(device, torch.bfloat16, causal=False, projection=projection).eval()
     ids = torch.randint(0, 1000, (2, 1000), device=device)
     mask = torch.ones_like(ids)
     mask[0, :300] = 0
@@ -477,8 +480,9 @@ def inputs_of(how, ids):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("projection", ["learned", "convolution", "pooling"])
-def test_autocast_takes_the_low_precision(projection, dtype, device, started):
-    model = real_model(device, projection=projection)
+@pytest.mark.parametrize("causal", [True, False])
+def test_autocast_takes_the_low_precision(causal, projection, dtype, device, started):
+    model = real_model(device, causal=causal, projection=projection)
     ids = torch.randint(0, 1000, (2, 300), device=device)
     actual = values_and_gradients(model, ids, dtype)
     assert set(started) == {dtype}
@@ -491,8 +495,9 @@ def test_autocast_takes_the_low_precision(projection, dtype, device, started):
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
-def test_activation_checkpointing_changes_no_bit(autocast, use_reentrant, device, started):
-    model = real_model(device).train()
+@pytest.mark.parametrize(("causal", "projection"), [(True, "convolution"), (False, "learned"), (False, "convolution")])
+def test_activation_checkpointing_changes_no_bit(causal, projection, autocast, use_reentrant, device, started):
+    model = real_model(device, causal=causal, projection=projection).train()
     ids = torch.randint(0, 1000, (2, 300), device=device)
     expected = values_and_gradients(model, ids, autocast)
     calls = len(started)
@@ -609,7 +614,8 @@ def test_processes_share_a_batch(processes, device, tmp_path):
     )
     assert run.returncode == 0, run.stdout
     cases = json.loads(report.read_text())
-    assert cases.keys() == {f"{wrapper} {dtype}" for wrapper in ("ddp", "fsdp") for dtype in ("float32", "bfloat16")}
+    wanted = itertools.product(("causal", "encoder"), ("ddp", "fsdp"), ("float32", "bfloat16"))
+    assert cases.keys() == {" ".join(names) for names in wanted}
     for case, found in cases.items():
         assert found["processes"] == processes
         assert found["kernels"], case
