@@ -7,6 +7,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 from hub_server import OWNER, Hub
 from huggingface_hub import ModelCard
 from test_singlepass_models import arguments, make, rows, text_rows
@@ -138,7 +139,10 @@ def test_a_stock_model_is_pushed_without_code_and_another_with_it(hub, pushed):
 
 
 def test_pushed_models_and_the_code_of_their_cards_run_where_linpass_is_not_installed(hub, pushed, tmp_path):
-    assert run(LOAD, tmp_path, hub, token=None) == pushed
+    loaded = run(LOAD, tmp_path, hub, token=None)
+    assert loaded.keys() == pushed.keys()
+    for name, logits in pushed.items():  # of two processes, whose memory may be aligned otherwise
+        torch.testing.assert_close(torch.tensor(loaded[name]), torch.tensor(logits), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(

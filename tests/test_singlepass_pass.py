@@ -17,6 +17,7 @@ from linpass.singlepass.row_store import RowStore, fold_of
 
 SUMS = 1e-12  # the same rows in float64, added in another order
 HEADS = 1e-10  # a solve of such sums
+MIXED = 2.5e-7  # products in float32, which round at 6e-8, of the same rows in other blocks: two such errors
 OTHER_BATCH = 1e-9  # the logistic iteration stops where its loss has settled, from sums in another order
 
 
@@ -227,7 +228,7 @@ def test_update_is_one_pass_over_both(tmp_path, changes):
     expected = trained(tmp_path, **changes)
     if trainer.collection.statistics is not None:
         exact = "precision" not in changes
-        assert_same(trainer.collection.total(), expected.collection.total(), SUMS if exact else 1e-7)
+        assert_same(trainer.collection.total(), expected.collection.total(), SUMS if exact else MIXED)
     assert_heads(trainer, expected, {"logistic": OTHER_BATCH, "mixed": 1e-5}.get(_name(changes), HEADS))
     assert trainer.rows == metrics["rows"] == ROWS
     assert trainer.state.log_history[-1]["rows"] == ROWS

@@ -28,6 +28,8 @@ CHOOSING, UNTOUCHED, CURVE, TOKENIZER, DATA_FACTS = "choosing", "untouched", "cu
 CURVE_TOKENS = 1 << 18  # enough for a curve, and soon evaluated
 # Two bytes a token: contexts of the coder are even and odd places.
 FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 2, "lp": 1, "pb": 1, "dict_size": 1 << 24}]
+# Python before 3.10.12 and 3.11.4 has no filters; the archives are our own.
+FILTER: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
 
 
 def prepare(
@@ -176,7 +178,7 @@ def unpack(archives: Sequence[Path], folder: Path) -> None:
     for path in archives:
         try:
             with tarfile.open(path, "r:xz") as archive:
-                archive.extractall(folder, filter="data")
+                archive.extractall(folder, **FILTER)
         except (OSError, EOFError, tarfile.TarError, lzma.LZMAError) as error:
             raise InputError(f"archives: {str(path)!r} must be what prepare packed: {error}") from error
 
