@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import signal
+import time
 from pathlib import Path
 
 import torch
@@ -133,6 +134,16 @@ class Act(transformers.TrainerCallback):
     def on_step_end(self, args, state, control, **keywords):
         if state.global_step == self.step:
             self.action()
+
+
+class Pause(transformers.TrainerCallback):
+    """Every step takes so many seconds at least: a pass of some rows is over before anybody could disturb it."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def on_step_end(self, args, state, control, **keywords):
+        time.sleep(self.seconds)
 
 
 def kill():

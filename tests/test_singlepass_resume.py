@@ -15,6 +15,7 @@ from checkpoint_run import kill_at, limit_file_size
 from singlepass_run import (
     ROWS,
     Act,
+    Pause,
     Stream,
     Texts,
     head_of,
@@ -193,6 +194,7 @@ def test_killed_at_any_moment(tmp_path, undisturbed):
             tmp_path / "run",
             tmp_path / "result",
             resume=bool(steps(tmp_path / "run")),
+            callbacks=[Pause(0.01)],
             **KINDS["logistic"],
             **{**SAVING, **changes},
         )
@@ -206,6 +208,16 @@ def test_killed_at_any_moment(tmp_path, undisturbed):
     got, expected = (torch.tensor(result["head"][0]) for result in (outcome(tmp_path), undisturbed))
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-9)
     assert outcome(tmp_path)["rows"] == ROWS
+
+
+def test_a_whole_pass_has_all_its_rows_when_it_is_resumed(tmp_path, undisturbed):
+    for resume in (False, True):
+        assert run(tmp_path, resume=resume, save_steps=1) == 0
+        result = outcome(tmp_path)
+        assert result["rows"] == result["log"][-1]["rows"] == ROWS
+        got, expected = (torch.tensor(found["head"][0]) for found in (result, undisturbed))
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-9)
+    assert result["log"][-1]["train_samples_per_second"] == 0  # of this run
 
 
 def test_a_signal_ends_the_pass_with_a_checkpoint_and_without_a_head(tmp_path, undisturbed):
