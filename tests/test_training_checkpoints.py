@@ -276,7 +276,7 @@ def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on_to_the_same_bits(tmp_p
     assert result["stopped"]
     assert result["error"] is None
     assert steps(tmp_path / "run") == [result["step"]] == [5]
-    assert result["handlers"] == [str(signal.SIG_DFL.value), str(signal.default_int_handler)]
+    assert result["handlers"] == [str(signal.SIG_DFL), str(signal.default_int_handler)]
     assert run(tmp_path, resume=True) == 0
     assert not outcome(tmp_path)["stopped"]
     assert_as_undisturbed(tmp_path)
