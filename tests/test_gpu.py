@@ -93,7 +93,7 @@ def values_and_gradients(model, ids, autocast=None, **inputs):
     """Logits, loss and the gradient of every parameter, by name."""
     model.zero_grad()
     with torch.autocast(ids.device.type, autocast, enabled=autocast is not None):
-        output = model(ids, labels=ids, **({"use_cache": False} if model.config.causal else {}), **inputs)
+        output = model(ids, labels=ids, use_cache=False, **inputs)
     (output.loss * SCALE).backward()
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     return {"logits": output.logits.detach(), "loss": output.loss.detach()} | gradients

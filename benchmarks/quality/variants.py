@@ -56,13 +56,14 @@ def weighted_norms() -> None:
             self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps)
 
         def _normalise(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-            pairs = ((query, self.q_norm), (key, self.k_norm))
-            # In one dtype, under autocast too: else the norm is not PyTorch's fused one.
-            norms = (F.rms_norm(states, n.weight.shape, n.weight.to(states.dtype), n.eps) for states, n in pairs)
-            query, key = norms
-            return query, key
+            return _in_one_dtype(self.q_norm, query), _in_one_dtype(self.k_norm, key)
 
     layers_linformer.LinformerAttention = WithNorms
+
+
+def _in_one_dtype(norm: nn.RMSNorm, states: Tensor) -> Tensor:
+    """Under autocast too: else it is not PyTorch's fused norm."""
+    return F.rms_norm(states, norm.weight.shape, norm.weight.to(states.dtype), norm.eps)
 
 
 VARIANTS: dict[str, Callable[[], None]] = {

@@ -137,7 +137,7 @@ def resume_pass(trainer: "SinglePassTrainer", reader: RowReader, checkpoint: str
     if trainer.args.process_index == 0:  # the sums of all processes; the others begin with none
         reader.collection = reader.new_collection()
         reader.collection.load_state_dict(_nested(load_file(folder / SUMS_NAME)))
-    trainer.rows_seen = described["rows_seen"]
+    trainer.rows = trainer.rows_seen = described["rows_seen"]
     state = TrainerState.load_from_json(str(folder / STATE_NAME))
     trainer.state.global_step, trainer.state.epoch = state.global_step, state.epoch
     trainer.state.log_history = state.log_history

@@ -219,7 +219,6 @@ class SinglePassTrainer(Trainer):
         self._begin_state(batch_size)
         if resume_from_checkpoint is not None:
             resume_pass(self, reader, resume_from_checkpoint)
-            self.rows = self.rows_seen  # also where no row is left
         first_step, first_row = self.state.global_step, self.rows_seen
         self._set_length(batch_size)
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
