@@ -15,18 +15,7 @@ from torch import Tensor, library
 from . import attention_linformer as plain
 from . import triton_linformer as kernels
 from .attention_linformer import BlockLayout
-from .launch_linformer import (
-    ROOMY,
-    Tile,
-    launch,
-    padded_dim,
-    power_of_two,
-    precision_of,
-    shared_memory,
-    tile_of,
-)
-
-aten = torch.ops.aten
+from .launch_linformer import Tile, launch, padded_dim, power_of_two, precision_of, tile_of
 
 # Programs that fill a large GPU a few times over: the slots of a few long rows are cut until there are so many.
 ENOUGH_PROGRAMS = 1024
@@ -34,9 +23,6 @@ ENOUGH_PROGRAMS = 1024
 ENOUGH_SPLITS = 128
 # Tokens that a program of the mixing reads at a time.
 MIXED_TOKENS = 64
-# Keys of a program of flash attention's backward pass. Over two programs a gradient of queries is one sum of two
-# numbers, which is the same in either order: no more slots than that, and two runs give the same bits.
-FLASH_KEYS = 128
 # Of attention to slots alone.
 NO_BLOCKS = BlockLayout(block_size=1, window_size=0, slots_per_block=1, visible_blocks=0)
 
@@ -311,73 +297,13 @@ def _mixed_backward_shapes(
     )
 
 
-def _suits_flash(query: Tensor, slot_key: Tensor) -> bool:
-    """Whether flash attention, as PyTorch carries it, goes over all slots: one call of C++ where ours start kernels.
-
-    It is ahead (docs/speed.md) where its backward pass, a program a head and FLASH_KEYS slots, fills a GPU.
-    """
-    (batch, heads, _, dim), (groups, slots) = query.shape, slot_key.shape[1:3]
-    parts = -(-slots // FLASH_KEYS)
-    fits = query.is_cuda and query.element_size() == 2 and groups == heads and dim % 8 == 0 and dim <= 128
-    return fits and parts <= 2 and parts * batch * heads >= ENOUGH_SPLITS and shared_memory(query.device) >= ROOMY
-
-
-def _flash(query, slot_key, slot_value):
-    """Output and the natural logarithm of the softmax's denominators."""
-    output, logsumexp, *_ = aten._scaled_dot_product_flash_attention(*_unit_rows(query, slot_key, slot_value))
-    return _token_order(output), logsumexp
-
-
-def _flash_gradients(grad, query, slot_key, slot_value, output, logsumexp):
-    """Of queries, slot keys and slot values, shapes as theirs."""
-    states = _unit_rows(grad, query, slot_key, slot_value)
-    random = query.new_empty(0, dtype=torch.int64)  # what dropout would have drawn
-    tokens, slots = query.shape[2], slot_key.shape[2]
-    grad_query, *grad_slots = aten._scaled_dot_product_flash_attention_backward(
-        *states, output, logsumexp, None, None, tokens, slots, 0.0, False, random, random
-    )
-    return _token_order(grad_query), *grad_slots
-
-
-def _token_order(states_BHND: Tensor) -> Tensor:
-    """In memory as :func:`_like_tokens`, which a compiled graph relies on; a library keeps the order of its inputs."""
-    _, heads, tokens, dim = states_BHND.shape
-    if states_BHND.stride() == (tokens * heads * dim, dim, heads * dim, 1):
-        return states_BHND
-    return _like_tokens(states_BHND).copy_(states_BHND)
-
-
-def _attend_all(query, slot_key, slot_value):
-    """Every query to all slots: output, and what the backward pass needs of the softmax's denominators."""
-    if _suits_flash(query, slot_key):
-        return _flash(query, slot_key, slot_value)
-    return _forward(query, None, None, slot_key, slot_value, None, NO_BLOCKS)
-
-
-def _attend_all_gradients(grad, query, slot_key, slot_value, output, logsumexp):
-    """Gradient of the queries, and of slot keys and values as [B, K, G * D], as the mixing of whole rows wants them."""
-    if _suits_flash(query, slot_key):
-        grad_query, *grad_slots = _flash_gradients(grad, query, slot_key, slot_value, output, logsumexp)
-        return grad_query, *(_side_by_side(part, part.shape[2]) for part in grad_slots)
-    grad, query, slot_key, slot_value = _unit_rows(grad, query, slot_key, slot_value)
-    grad_query, _, grad_slots, _ = _query_and_slot_gradients(
-        grad, query, None, None, slot_key, slot_value, None, output, logsumexp, NO_BLOCKS
-    )
-    return grad_query, *grad_slots.unbind(0)
-
-
 def _slots_forward(query, slot_key, slot_value, count):
-    if count is None:
-        return _attend_all(query, slot_key, slot_value)
     count = _every_row(count, len(query))
     return _forward(query, None, None, slot_key, slot_value, None, NO_BLOCKS, count)
 
 
 def _slots_backward(grad, query, slot_key, slot_value, count, output, logsumexp):
     """Gradients of the queries, and of slot keys and values as [2, B, K, G, D]."""
-    if count is None and _suits_flash(query, slot_key):
-        grad_query, *grad_slots = _flash_gradients(grad, query, slot_key, slot_value, output, logsumexp)
-        return grad_query, torch.stack([part.transpose(1, 2) for part in grad_slots])
     count = _every_row(count, len(query))
     grad, query, slot_key, slot_value = _unit_rows(grad, query, slot_key, slot_value)
     grad_query, _, grad_slots, _ = _query_and_slot_gradients(
@@ -428,7 +354,7 @@ def _heads_apart(states_BNX: Tensor, groups: int) -> Tensor:
 
 def _mix_sequence_and_attend(query, *mixed):
     slots = _sequence_slots(*mixed)
-    return *_attend_all(query, *slots), *slots
+    return *_forward(query, None, None, *slots, None, NO_BLOCKS), *slots
 
 
 def _mix_sequence_and_attend_shapes(query, *mixed):
@@ -451,9 +377,11 @@ def _in_the_given_dtypes(run: Callable[..., Any]) -> Callable[..., Any]:
 def _mix_sequence_and_attend_backward(
     grad, query, key, value, key_weight, value_weight, cos, sin, output, logsumexp, slot_key, slot_value, needs_weight
 ):
-    grad_query, grad_slot_key, grad_slot_value = _attend_all_gradients(
-        grad, query, slot_key, slot_value, output, logsumexp
+    grad, query, slot_key, slot_value = _unit_rows(grad, query, slot_key, slot_value)
+    grad_query, _, grad_slots, _ = _query_and_slot_gradients(
+        grad, query, None, None, slot_key, slot_value, None, output, logsumexp, NO_BLOCKS
     )
+    grad_slot_key, grad_slot_value = grad_slots.unbind(0)
     if cos is not None:  # turned back: both halves of the features have the same angles
         turned = plain.rotate(_heads_apart(grad_slot_key, key.shape[1]), (cos, -sin))
         grad_slot_key = plain.side_by_side(turned, sets=1)
