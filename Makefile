@@ -4,7 +4,7 @@
 # make test-gpu   the tests that need a CUDA device: make test-gpu TORCH=torch
 # make lint    ruff and pyright
 # make bench   the benchmarks
-# make bench-gpu   attention on a CUDA device beside its rivals, twenty minutes: make bench-gpu TORCH=torch
+# make bench-gpu   attention on a CUDA device beside its rivals, up to an hour, of which compilers take most: make bench-gpu TORCH=torch
 # make bench-models   whole models and decoding on a CUDA device beside transformers', forty minutes
 # Everything lives in VENV, which is made on first use. A GPU build of torch: make setup TORCH=torch
 PYTHON ?= python3
@@ -57,10 +57,10 @@ bench: setup
 # fla-core holds chunk_gsa of flash-linear-attention; it and linformer are only measured against.
 bench-gpu: setup
 	$(VENV)/bin/python -m pip install --quiet --no-deps fla-core==0.6.0 einops==0.8.2 linformer==0.2.3
-	$(OFFLINE) $(VENV)/bin/python -m benchmarks.attention_gpu $(RESULT)
-	$(OFFLINE) $(VENV)/bin/python -m benchmarks.attention_gpu $(RESULTS)/attention_both_ways_gpu_$(MONTH).json --bidirectional
+	$(OFFLINE) $(VENV)/bin/python -m benchmarks.attention_gpu $(RESULT) --seconds 3000
+	$(OFFLINE) $(VENV)/bin/python -m benchmarks.attention_gpu $(RESULTS)/attention_both_ways_gpu_$(MONTH).json --bidirectional --seconds 900
 
 bench-models: setup
 	$(OFFLINE) $(VENV)/bin/python -m benchmarks.models_gpu $(RESULTS)/models_gpu_$(MONTH).json --seconds 1500
 	$(OFFLINE) $(VENV)/bin/python -m benchmarks.decoding_gpu $(RESULTS)/decoding_gpu_$(MONTH).json --seconds 900
-	$(OFFLINE) $(VENV)/bin/python -m benchmarks.model_errors $(RESULTS)/model_errors_$(MONTH).json
+	$(OFFLINE) $(VENV)/bin/python -m benchmarks.model_errors $(RESULTS)/model_errors_gpu_$(MONTH).json

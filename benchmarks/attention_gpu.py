@@ -35,7 +35,7 @@ from linpass import attention_linformer, kernels_linformer
 PARTS = ("ceilings", "gate", "timing", "graphs")
 # Our ways to attend, by the names of their variants: what the gate stands before.
 GATED = {cases.OURS.name: kernels_linformer, cases.OURS_IN_PYTORCH.name: attention_linformer}
-LONGEST_GRAPH = 32768
+LONGEST_GRAPH = 65536
 ROW_SECONDS = 300  # chunk_gsa, the last of the rivals, tries some hundred kernels before its first row
 SECTIONS = ("gate", "timing", "graphs")
 

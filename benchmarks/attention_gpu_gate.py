@@ -134,12 +134,19 @@ def gradients_of(forward: Callable[..., Tensor], leaves: list[Tensor], weight: T
     return [output.detach(), *torch.autograd.grad(output, leaves, weight.to(output.dtype))]
 
 
-def errors(got: list[Tensor], wanted: list[Tensor], names: tuple[str, ...], dtype: torch.dtype) -> dict:
+def errors(
+    got: list[Tensor],
+    wanted: list[Tensor],
+    names: tuple[str, ...],
+    dtype: torch.dtype,
+    not_judged: tuple[str, ...] = (),
+) -> dict:
     """Errors relative in the Frobenius norm, and whether all are within the table of the tests; NaN never is."""
     found = {name: tolerances.relative_error(a, b) for name, a, b in zip(("output", *names), got, wanted, strict=True)}
-    limits = [tolerances.VALUE[dtype], *[tolerances.GRADIENT[dtype]] * len(names)]
-    passed = all(error < limit for error, limit in zip(found.values(), limits, strict=True))
-    return {"errors": {name: float(f"{error:.1e}") for name, error in found.items()}, "passed": passed}
+    limits = {name: (tolerances.VALUE if name == "output" else tolerances.GRADIENT)[dtype] for name in found}
+    passed = all(error < limits[name] for name, error in found.items() if name not in not_judged)
+    row = {"errors": {name: float(f"{error:.1e}") for name, error in found.items()}, "passed": passed}
+    return row | ({"not_judged": list(not_judged)} if not_judged else {})
 
 
 @contextmanager
@@ -168,11 +175,11 @@ def check(mix_and_attend: Callable, case: Case, device: torch.device, must_agree
     exact_arguments = arguments | ({"slot_angles": tuple(x.double() for x in angles)} if angles else {})
     wanted = run(composed, exact, layout, exact_arguments, weight)
     runs = [run(mix_and_attend, leaves, layout, arguments, weight) for _ in range(3)]
-    row = errors(got, wanted, tuple(leaves), case.dtype)
+    not_judged = ("query",) if case.score else ()  # a difference of large numbers
+    row = errors(got, wanted, tuple(leaves), case.dtype, not_judged)
     row["not_finite"] = sum(int((~x.isfinite()).sum()) for x in got)
     row["runs_agree"] = all(torch.equal(a, b) for other in runs[1:] for a, b in zip(runs[0], other, strict=True))
-    accurate = row["passed"] or bool(case.score)
-    return row | {"passed": accurate and row["not_finite"] == 0 and (row["runs_agree"] or not must_agree)}
+    return row | {"passed": row["passed"] and row["not_finite"] == 0 and (row["runs_agree"] or not must_agree)}
 
 
 def check_causality(mix_and_attend: Callable, device: torch.device, tokens: int = 1000) -> dict:

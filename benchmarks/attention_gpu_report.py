@@ -2,9 +2,9 @@
 
 from typing import NamedTuple
 
-from benchmarks.attention_gpu_cases import CUDNN, FLASH, OURS, OURS_IN_PYTORCH, Shape
+from benchmarks.attention_gpu_cases import CUDNN, FLASH, LONGEST_DENSE_TRUTH, OURS, OURS_IN_PYTORCH, Shape
 from benchmarks.attention_gpu_measure import ALL_HEADS_CHECKED_TO
-from benchmarks.report_file import table
+from benchmarks.report_file import grouped, table
 
 
 class Theme(NamedTuple):
@@ -200,7 +200,8 @@ def memory_table(rows: dict[tuple, dict], theme: Theme) -> list[str]:
         lines += [
             "",
             "Largest relative error of output and gradients against float64, of the last row of the batch (of two of "
-            f"its heads beyond {ALL_HEADS_CHECKED_TO:,} tokens):",
+            f"its heads beyond {ALL_HEADS_CHECKED_TO:,} tokens). Rivals whose scores are all in memory in float64 have "
+            f"one up to n = {LONGEST_DENSE_TRUTH}; what computes another function has none:",
         ]
         lines += by_length(worst, lambda row: max(row["errors"].values()))
     ratio, target = memory_ratio(rows, theme), f" (target: {theme.memory})" if theme.memory else ""
@@ -234,24 +235,22 @@ def gate_table(result: dict) -> list[str]:
     body = []
     for row in result["gate"]:
         state = "failed" if "failed" in row else "passed" if row["passed"] else "RED"
-        judged = "near -120" not in row["case"]  # the gradient of the queries is a difference of large numbers there
-        detail = row.get("failed") or (max(row["errors"].values()) if judged and "errors" in row else None)
-        body.append([row["variant"], row["case"], state, detail])
+        errors = {name: error for name, error in row.get("errors", {}).items() if name not in row.get("not_judged", ())}
+        detail = row.get("failed") or (max(errors.values()) if errors else None)
+        same = {None: None, True: "yes", False: "no"}[row.get("runs_agree")]
+        body.append([row["variant"], row["case"], state, detail, same])
     text = (
         "Against float64 on the same inputs, each case with NaN in memory that nobody wrote to, numbers that are not "
-        "finite refused, three runs equal to the bit. With scores near -120 the error is not judged."
+        "finite refused. *Same bits*: of three runs, which the kernels promise and PyTorch's functions do not. With "
+        "scores near -120 the gradient of the queries, a difference of large numbers, is not judged."
     )
-    return ["", "## Correctness", "", text, *table(["variant", "case", "result", "largest error"], body)]
+    return ["", "## Correctness", "", text, *table(["variant", "case", "result", "largest error", "same bits"], body)]
 
 
 def notes(result: dict) -> list[str]:
     failed = [
         f"- {r['variant']}, {r['heads']} heads, n = {r['n']}: {r['failed']}" for r in result["timing"] if "failed" in r
     ]
-    left: dict[str, list[str]] = {}
-    for names in result["left_out"]:
-        who = f"{names['section']}: {names['variant']}" + (f", {names['heads']}x{names['dim']}" if "n" in names else "")
-        left.setdefault(who, []).append(f"n = {names['n']}" if "n" in names else names["case"])
     lines = ["", "Failed:", "", *failed] if failed else []
-    left_out = [f"- {who}, {', '.join(what)}" for who, what in left.items()]
-    return lines + (["", "Left out for want of time:", "", *left_out] if left else [])
+    left_out = [f"- {who}: {', '.join(what)}" for who, what in grouped(result["left_out"]).items()]
+    return lines + (["", "Left out for want of time:", "", *left_out] if left_out else [])

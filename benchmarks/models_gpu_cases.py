@@ -167,7 +167,7 @@ CAUSAL: dict[str, Build] = {
     FULL: full_attention,
 }
 MASKED_LM: dict[str, Build] = {OURS: linformer, BOUND: bound, "BERT": bert}
-PREFILL: dict[str, Build] = {OURS: linformer, "Llama": partial(build_model, "llama")}
+PREFILL: dict[str, Build] = {OURS: linformer, BOUND: bound, "Llama": partial(build_model, "llama")}
 
 
 class TrainingStep:
@@ -226,7 +226,10 @@ def training_step(
 
 
 def prefill(build: Build, config: LinformerConfig, batch: int, device: torch.device, options: dict | None) -> Entrant:
-    """A forward pass over whole prompts that leaves a cache; bfloat16 weights, logits of the last position alone."""
+    """A forward pass over whole prompts that leaves a cache; bfloat16 weights, logits of the last position alone.
+
+    The model without attention has nothing to keep, and leaves none.
+    """
     torch.manual_seed(0)
     with device:
         model = build(config).to(torch.bfloat16).eval()
@@ -235,9 +238,11 @@ def prefill(build: Build, config: LinformerConfig, batch: int, device: torch.dev
 
     def call() -> Any:
         with torch.no_grad():
-            return run(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+            return run(input_ids=ids, use_cache=build is not bound, logits_to_keep=1).past_key_values
 
-    facts = {"parameters": parameters(model), "cache_MiB": round(cache_bytes(call()) / 2**20, 2)}
+    cache = call()
+    size = None if cache is None else round(cache_bytes(cache) / 2**20, 2)
+    facts = {"parameters": parameters(model), "cache_MiB": size}
     return Entrant(call, ids.numel(), facts=lambda: facts)
 
 

@@ -2,11 +2,12 @@
 
 import argparse
 import json
+import re
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,7 +22,7 @@ class Report:
     """Sections of rows; no row is begun when the time is over, and a row that fails says why and ends nothing.
 
     Rows that ``done``, an earlier result, holds are not measured again, except those that failed for another reason
-    than memory.
+    than memory. Rows of a run after the first have its number, ``run``; ``environment`` then lists ``runs``.
 
     Args:
         path: JSON file, written anew after every row.
@@ -44,9 +45,12 @@ class Report:
     ):
         self.path, self.line, self.ends = path, line, time.perf_counter() + seconds
         self.row_seconds = row_seconds
+        runs = []
         if done:
             commits = [environment["commit"], *done["environment"]["commit"].split(EARLIER)]
-            environment = environment | {"commit": EARLIER.join(dict.fromkeys(commits))}
+            runs = [*(done["environment"].get("runs") or [_described(done["environment"])]), _described(environment)]
+            environment = environment | {"commit": EARLIER.join(dict.fromkeys(commits)), "runs": runs}
+        self.number = {"run": len(runs)} if runs else {}
         self.result = {"theme": theme, "environment": environment}
         self.result |= {section: [] for section in (*sections, "left_out")}
         self.done = done or {}
@@ -72,6 +76,7 @@ class Report:
                 self.leave_out(section, names)
                 return None
             row = names | failure(error)
+        row |= self.number
         self.put(section, row)
         return row
 
@@ -98,8 +103,42 @@ class Report:
     def close(self, page: Callable[[dict], str]) -> dict:
         """Write the result, and what ``page`` makes of it beside it, with .md; returns the result."""
         self.write()
-        self.path.with_suffix(".md").write_text(page(self.result), encoding="utf-8")
+        text = page(self.result) + "".join(f"{line}\n" for line in runs_table(self.result))
+        self.path.with_suffix(".md").write_text(text, encoding="utf-8")
         return self.result
+
+
+def _described(environment: dict) -> dict:
+    """What tells one run from another."""
+    return {name: environment.get(name) for name in ("commit", "date", "hardware", "threads", "command")}
+
+
+def runs_table(result: dict) -> list[str]:
+    """Lines that say which rows are of which run, where a result was resumed."""
+    runs = result["environment"].get("runs")
+    if not runs:
+        return []
+    sections = {name: rows for name, rows in result.items() if isinstance(rows, list) and name != "left_out"}
+    rows = [{"section": section} | row for section, rows in sections.items() for row in rows]
+    text = "Runs may be of several machines: compare their times with care. Rows that are not named are of run 1."
+    body = []
+    for number, run in enumerate(runs, 1):
+        own = grouped(row for row in rows if row.get("run") == number)
+        named = "; ".join(f"{who}: {', '.join(what)}" for who, what in own.items())
+        body.append([number, run["commit"], run["date"], run["threads"], f"`{run['command']}`", named])
+    return ["", "## Runs", "", text, *table(["run", "commit", "date", "threads", "command", "its rows"], body)]
+
+
+def grouped(rows: Iterable[dict]) -> dict[str, list[str]]:
+    """What is special about each row, by what it shares with others: section, variant and heads."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        shared = [row[name] for name in ("section", "variant", "model", "attention") if name in row]
+        shared += [f"{row['heads']}x{row['dim']}"] if "heads" in row else []
+        own = [row["case"]] if "case" in row else []
+        own += [f"{name} = {row[name]}" for name in ("n", "context", "batch") if name in row]
+        found.setdefault(", ".join(shared), []).append(" ".join(own))
+    return found
 
 
 @contextmanager
@@ -159,7 +198,10 @@ def command_line(module: str, words: list[str] | None) -> str:
 
 
 def failure(error: Exception) -> dict:
-    return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+    """Why a row failed; of a device without room how much was asked for, not who else is on it."""
+    said = " ".join(str(error).split())
+    asked = re.search(r"Tried to allocate [\d.]+ \w+", said) if isinstance(error, torch.OutOfMemoryError) else None
+    return {"failed": f"{type(error).__name__}: {asked[0] if asked else said[:300]}"}
 
 
 def has_no_room(row: dict) -> bool:

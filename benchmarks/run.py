@@ -17,6 +17,7 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 ATTENTION_TOKENS = (512, 1024, 2048, 4096, 8192)
+SHORTER_TOKENS = (128, 256)  # where attention to slots that mix the whole row meets full attention
 CHECKED_TO = 2048  # tokens: beyond, all scores in float64 are gigabytes
 MODEL_TOKENS = (512, 1024, 4096)
 TOKENS_PER_STEP = 4096
@@ -77,22 +78,26 @@ def attention() -> dict:
         b, r = layout.block_size, layout.slots_per_block
         return {"k": r * tokens // b, "b": b, "r": r, "w": layout.window_size}
 
-    return beside_sdpa("linformer_attention", "sdpa_attention", cases.check_attention, sizes)
+    return beside_sdpa("linformer_attention", "sdpa_attention", cases.check_attention, sizes, ATTENTION_TOKENS)
 
 
 def both_ways() -> dict:
     """Bidirectional attention alone, the same."""
     from benchmarks import cases
 
-    return beside_sdpa("linformer_both_ways", "sdpa_both_ways", cases.check_both_ways, lambda _: {"k": cases.SLOTS})
+    lengths = SHORTER_TOKENS + ATTENTION_TOKENS
+    slots = {"k": cases.SLOTS}
+    return beside_sdpa("linformer_both_ways", "sdpa_both_ways", cases.check_both_ways, lambda _: slots, lengths)
 
 
-def beside_sdpa(ours: str, theirs: str, check: Callable[[int], float], sizes: Callable[[int], dict]) -> dict:
+def beside_sdpa(
+    ours: str, theirs: str, check: Callable[[int], float], sizes: Callable[[int], dict], lengths: tuple[int, ...]
+) -> dict:
     """A row for each n of two cases by name, and how time and memory grow from the last but one to the last."""
     from benchmarks import cases
 
     rows = []
-    for tokens in ATTENTION_TOKENS:
+    for tokens in lengths:
         error = float(f"{check(tokens):.1e}") if tokens <= CHECKED_TO else None
         pair = {"linformer": getattr(cases, ours)(tokens), "sdpa": getattr(cases, theirs)(tokens)}
         seconds = measure_together(pair, repeats=50, budget_s=20)

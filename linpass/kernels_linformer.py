@@ -113,9 +113,9 @@ def mix_and_attend_with_slots(
 
     Where a gradient is recorded the mixing is PyTorch's: the fused backward pass takes none for the slots.
     """
-    given = (query_BHND, key_BGND, value_BGND, *weights)
-    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
     near = key_BGND if rotated_key_BGND is None else rotated_key_BGND
+    given = (query_BHND, near, key_BGND, value_BGND, *weights)
+    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
     query, near, value, key = states = _one_dtype(query_BHND, near, value_BGND, key_BGND)
     if recorded or not _fits_mixing(states, layout):
         slots = plain.mix_keys_and_values(key, value, weights, slot_angles, block_BC)

@@ -99,9 +99,35 @@ def test_too_little_memory_is_an_answer(tmp_path):
     done = {"rows": [{"n": 1, "failed": "OutOfMemoryError: of course"}, {"n": 2, "failed": "RuntimeError: once"}]}
     done |= {"environment": {"commit": "older"}}
     report = Report(tmp_path / "rows.json", 3600, "theme", {"commit": "newer"}, ("rows",), str, done)
-    assert report.result["environment"] == {"commit": "newer; earlier rows: older"}
+    assert report.result["environment"]["commit"] == "newer; earlier rows: older"
     assert report.add("rows", {"n": 1}, dict) == done["rows"][0]
-    assert report.add("rows", {"n": 2}, lambda: {"ms": 1}) == {"n": 2, "ms": 1}
+    assert report.add("rows", {"n": 2}, lambda: {"ms": 1}) == {"n": 2, "ms": 1, "run": 2}
+
+
+def test_rows_tell_their_run(tmp_path):
+    """Rows of a first run have no number; the page names those of later ones."""
+    done, rows = None, [{"variant": "a", "n": 1}, {"variant": "a", "n": 2}, {"variant": "b", "n": 1}]
+    for number in (1, 2, 3):
+        where = {"commit": f"commit {number}", "date": "today", "command": "x.py"}
+        report = Report(tmp_path / "rows.json", 3600, "theme", where, ("rows",), str, done)
+        for names in rows[:number]:
+            report.add("rows", names, lambda: {"ms": 1})
+        done = report.close(lambda _: "tables\n")
+    assert [row.get("run") for row in done["rows"]] == [None, 2, 3]
+    assert [run["commit"] for run in done["environment"]["runs"]] == ["commit 1", "commit 2", "commit 3"]
+    lines = (tmp_path / "rows.md").read_text().splitlines()
+    assert lines[0] == "tables"
+    assert lines[-2:] == [
+        "| 2 | commit 2 | today |  | `x.py` | rows, a: n = 2 |",
+        "| 3 | commit 3 | today |  | `x.py` | rows, b: n = 1 |",
+    ]
+
+
+def test_a_row_without_room_says_what_was_asked_for():
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 129.00 GiB. GPU 0 has a total capacity of")
+    assert report_file.failure(error) == {"failed": "OutOfMemoryError: Tried to allocate 129.00 GiB"}
+    assert report_file.has_no_room(report_file.failure(error))
+    assert report_file.failure(ValueError("n:  3")) == {"failed": "ValueError: n: 3"}
 
 
 def test_a_row_that_takes_too_long_has_failed(tmp_path):

@@ -730,9 +730,10 @@ def check_model(model, ids, launches, autocast=None):
     assert launches == ["mix_kernel", "forward_kernel"] * 2 + ["forward_kernel"] * 2
 
 
-def test_models_take_the_kernels(kernels, launches):
+@pytest.mark.parametrize("sharing", ["none", "headwise", "key-value", "layerwise"])
+def test_models_take_the_kernels(sharing, kernels, launches):
     changes = {"embed_dim": 32, "heads": 2, "seq_length": 32, "k": 8, "block_size": 8, "window_size": 12}
-    check_model(*model_call("learned", **changes), launches)
+    check_model(*model_call("learned", projection_sharing=sharing, **changes), launches)
 
 
 @pytest.mark.gpu

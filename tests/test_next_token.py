@@ -335,6 +335,26 @@ def test_generate_compiles_its_steps_where_asked(rows, chunk, build, monkeypatch
     assert model._kept_cache.layers[0].keys is kept
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch, of autograd.Function
+def test_rows_of_different_lengths_generate_in_one_compiled_step(build, tiny_config):
+    """Padded on the left, as a tokenizer does it for prompts: each row is as it is alone."""
+    model = build(LinformerForCausalLM, tiny_config(**CONFIG | {"eos_token_id": None}))
+    ids, mask = torch.randint(1, 50, (3, 12)), torch.ones(3, 12, dtype=torch.long)
+    for row, padding in enumerate((9, 3, 0)):
+        ids[row, :padding], mask[row, :padding] = 0, 0
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=20, pad_token_id=0)
+    everywhere = CompileConfig(backend="eager", mode=None, fullgraph=True)
+    everywhere._compile_all_devices = True
+    options = {"generation_config": greedy, "cache_implementation": "static", "compile_config": everywhere}
+    torch._dynamo.reset()
+    model.generate(ids, attention_mask=mask, **options)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        together = model.generate(ids, attention_mask=mask, **options)[:, 12:]
+    for row in range(3):
+        alone = model.generate(ids[row : row + 1, mask[row] > 0], generation_config=greedy)
+        assert torch.equal(together[row], alone[0, -20:])
+
+
 def test_a_compiled_cache_that_is_handed_out_is_not_used_again(build, tiny_config):
     model = build(LinformerForCausalLM, tiny_config(**CONFIG))
     options = {"do_sample": False, "max_new_tokens": 3, "cache_implementation": "static"}  # compiled on accelerators
