@@ -7,6 +7,9 @@ import subprocess
 from contextlib import suppress
 from pathlib import Path
 
+# The tree, but for what benchmarks write into it.
+SOURCES = (":(top)", ":(top,exclude)benchmarks/results")
+
 
 def describe() -> dict:
     """Hardware, versions, commit and day; LINPASS_COMMIT names the commit of a copy that came without its history."""
@@ -18,8 +21,9 @@ def describe() -> dict:
     commit = os.environ.get("LINPASS_COMMIT", "")
     if not commit:
         with suppress(FileNotFoundError):
-            asked = ["git", "describe", "--always", "--dirty"]
-            commit = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+            asked = ["git", "describe", "--always"], ["git", "diff", "--name-only", "HEAD", "--", *SOURCES]
+            commit, changed = (subprocess.run(words, capture_output=True, text=True).stdout.strip() for words in asked)
+            commit += "-dirty" if changed else ""
     return {
         "hardware": torch.cuda.get_device_name()
         if torch.cuda.is_available()
