@@ -212,7 +212,27 @@ def gated_slot_attention(shape: Shape, inputs: list[Tensor]) -> Attention:
         query, key, value = (states.transpose(1, 2) for states in (query, key, value))
         return chunk_gsa(query, key, value, write, gate)[0].transpose(1, 2)
 
-    return Attention(forward, [*inputs[:3], write, gate], ("query", "key", "value", "write", "gate"))
+    names, known = ("query", "key", "value", "write", "gate"), shape.tokens <= LONGEST_DENSE_TRUTH
+    return Attention(forward, [*inputs[:3], write, gate], names, gated_slots_truth if known else None)
+
+
+def gated_slots_truth(query: Tensor, key: Tensor, value: Tensor, write: Tensor, gate: Tensor) -> Tensor:
+    r"""Gated slot attention token by token, of the last row of the batch (Zhang et al. 2024, arXiv:2409.07146, eq. 3).
+
+    Every slot's key and value fade by the gate, :math:`e^{g_t}`, and take the token in by ``write``; a query attends
+    to the slots as they then are.
+
+    Args:
+        query, key, value: [1, H, T, D]. write, gate: [B, T, H, M].
+    """
+    write, gate = (states[-1:].transpose(1, 2)[..., None] for states in (write, gate.exp()))  # [1, H, T, M, 1]
+    slot_key = slot_value = query.new_zeros(*query.shape[:2], write.shape[3], query.shape[3])
+    outputs = []
+    for t in range(query.shape[2]):
+        slot_key = gate[:, :, t] * slot_key + write[:, :, t] * key[:, :, t, None]
+        slot_value = gate[:, :, t] * slot_value + write[:, :, t] * value[:, :, t, None]
+        outputs.append(attention_linformer.attend_visible(query[:, :, t, None], slot_key, slot_value)[0])
+    return torch.cat(outputs, 2)
 
 
 class Held(nn.Module):

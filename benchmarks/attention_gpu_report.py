@@ -197,11 +197,13 @@ def memory_table(rows: dict[tuple, dict], theme: Theme) -> list[str]:
     ]
     worst = {key: row for key, row in rows.items() if row.get("errors")}
     if worst:
+        without = dict.fromkeys(key[3] for key in rows if key[3] not in {found[3] for found in worst})
         lines += [
             "",
             "Largest relative error of output and gradients against float64, of the last row of the batch (of two of "
-            f"its heads beyond {ALL_HEADS_CHECKED_TO:,} tokens). Rivals whose scores are all in memory in float64 have "
-            f"one up to n = {LONGEST_DENSE_TRUTH}; what computes another function has none:",
+            f"its heads beyond {ALL_HEADS_CHECKED_TO:,} tokens). Beyond n = {LONGEST_DENSE_TRUTH} rivals of other "
+            "functions have none: their truth has no room, or takes a step for every token."
+            + (f" Not measured: {', '.join(without)}." if without else ""),
         ]
         lines += by_length(worst, lambda row: max(row["errors"].values()))
     ratio, target = memory_ratio(rows, theme), f" (target: {theme.memory})" if theme.memory else ""
@@ -241,9 +243,10 @@ def gate_table(result: dict) -> list[str]:
         body.append([row["variant"], row["case"], state, detail, same])
     text = (
         "Against float64 on the same inputs, each case with NaN in memory that nobody wrote to, numbers that are not "
-        "finite refused. *Same bits*: of three runs, which the kernels promise and PyTorch's functions do not. With "
-        "scores near -120 the gradient of the queries, a difference of large numbers, is not judged."
+        "finite refused. *Same bits*: of three runs, which the kernels promise and PyTorch's functions do not."
     )
+    if any("not_judged" in row for row in result["gate"]):
+        text += " With scores near -120 the gradient of the queries, a difference of large numbers, is not judged."
     return ["", "## Correctness", "", text, *table(["variant", "case", "result", "largest error", "same bits"], body)]
 
 

@@ -7,12 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tolerances import GRADIENT
 
 from benchmarks import attention_gpu, attention_gpu_profile, attention_gpu_report
 from benchmarks import attention_gpu_bidirectional as bidirectional
 from benchmarks import attention_gpu_cases as cases
 from benchmarks import attention_gpu_gate as gate
-from benchmarks.attention_gpu_measure import Repeats
+from benchmarks.attention_gpu_measure import Repeats, measure_errors
 from linpass import attention_linformer, kernels_linformer
 from linpass.attention_linformer import visible_slots, visible_tokens
 
@@ -120,6 +121,27 @@ def test_a_second_run_measures_what_the_first_left_out(tmp_path, monkeypatch):
     assert second["gate"] == first["gate"]
     assert second["timing"][0] == first["timing"][0]
     assert second["ceilings"] == first["ceilings"]
+
+
+def gated_slots_at_once(query, key, value, write, gate):
+    """Every pair of a query and a token that it sees, [B, H, T, T, M], in place of a token after the other."""
+    write, total = write.transpose(1, 2)[:, :, None], gate.transpose(1, 2).cumsum(2)
+    faded = (total[:, :, :, None] - total[:, :, None]).exp()
+    seen = torch.ones(len(gate[0]), len(gate[0])).tril()[..., None]
+    scores = (faded * write * seen * (query @ key.mT)[..., None]).sum(3) / query.shape[-1] ** 0.5
+    weight = (faded * write * seen * scores.softmax(-1)[:, :, :, None]).sum(-1)
+    return weight @ value
+
+
+def test_the_truth_of_gated_slots():
+    """In the last row of the batch, gradients included; so it measures errors."""
+    states = [torch.randn(2, 20, 3, 8, dtype=torch.float64).transpose(1, 2) for _ in range(3)]
+    gate = torch.nn.functional.logsigmoid(torch.randn(2, 20, 3, 5, dtype=torch.float64))
+    leaves, names = [*states, 1 - gate.exp(), gate], ("query", "key", "value", "write", "gate")
+    attention = cases.Attention(gated_slots_at_once, leaves, names, cases.gated_slots_truth)
+    found = measure_errors(attention, cases.Shape(3, 8, 20, 5, block=4, window=0))
+    assert found["errors"].keys() == {"output", *names}
+    assert max(found["errors"].values()) < GRADIENT[torch.float64]
 
 
 def leaks(query, key, value, *arguments, **others):
