@@ -64,9 +64,10 @@ class LinformerCacheLayer(CacheLayerMixin):
     def allocate(self, batch: int, heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
         """Memory, before the first token: a compiled prompt finds tensors whose addresses are known.
 
-        Ring and slots hold nothing yet: a prompt writes the whole of them. Sums and counters are zero.
+        Ring and slots hold nothing yet, whatever was there before: a prompt writes the whole of them. Sums and counters
+        are zero.
         """
-        self.dtype, self.device = dtype, device
+        self.dtype, self.device, self.is_initialized = dtype, device, False
         self.keys, self.values = (
             torch.empty(batch, heads, self.window_size, dim, dtype=dtype, device=device) for _ in range(2)
         )

@@ -213,7 +213,8 @@ class LinformerAttention(nn.Module):
             angles: rotary cos and sin for the columns of the grid; None for learned positions.
             slot_angles: the same at :func:`slot_positions`, for every k that the model has.
             shared_weights: mixing weights of the model, where all layers share them.
-        Returns: [B, T, E], and probabilities [B, H, T, k + T] from the eager implementation, else None.
+        Returns: [B, T, E], and probabilities [B, H, T, k + T] from the eager implementation, but of a call that
+            continues a cache, else None.
         """
         hidden_states = grid.place(hidden_states)
         query = self.q_proj(hidden_states).unflatten(-1, (self.heads, self.head_dim))

@@ -140,7 +140,7 @@ class LinformerModel(LinformerPreTrainedModel):
         use_cache = bool(use_cache) and self.config.causal and document_ids is None
         if past_key_values is None and use_cache:
             past_key_values = LinformerCache(self.config)
-        keep = self._real_tokens(attention_mask, inputs_embeds.shape[:2])
+        keep = self._real_tokens(attention_mask, inputs_embeds.shape[:2], past_key_values)
         grid = self._token_grid(inputs_embeds, keep, document_ids, past_key_values)
         self._check_past(attention_mask, tokens, past_key_values)
         self._check_length(grid, tokens, past_key_values)
@@ -179,14 +179,19 @@ class LinformerModel(LinformerPreTrainedModel):
     def _angles(self, position_BN: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return rotary_angles(position_BN, self.config.head_dim, self.config.rotary_base, dtype)
 
-    def _real_tokens(self, attention_mask: Tensor | None, shape: torch.Size) -> Tensor | None:
+    def _real_tokens(
+        self, attention_mask: Tensor | None, shape: torch.Size, past_key_values: LinformerCache | None
+    ) -> Tensor | None:
         """True where a token of this call is real, [B, T]; None where no mask was given."""
         if attention_mask is None:
             return None
-        if attention_mask.dim() != 2 or len(attention_mask) != shape[0] or attention_mask.shape[1] < shape[1]:
+        (batch, tokens), continues = shape, past_key_values is not None and past_key_values.has_tokens
+        fits = attention_mask.dim() == 2 and len(attention_mask) == batch
+        longer = " or longer" if continues else ""
+        if not fits or attention_mask.shape[1] < tokens or (attention_mask.shape[1] > tokens and not continues):
             raise ValueError(
                 f"attention_mask has shape {list(attention_mask.shape)}; a Linformer takes [batch, tokens], one number "
-                f"per token of this call and, before them, of the cache: {list(shape)} or longer"
+                f"per token of this call and, before them, of the cache: {list(shape)}{longer}"
             )
         return attention_mask[:, attention_mask.shape[1] - shape[1] :] != 0
 

@@ -116,3 +116,14 @@ def kernels(request, monkeypatch):
         monkeypatch.setattr(linpass.operators_linformer, "kernels", interpreted)
         monkeypatch.setattr(linpass.kernels_linformer, "INTERPRETED", True)
     return linpass.kernels_linformer
+
+
+@pytest.fixture
+def poisoned_memory():
+    """torch.empty gives NaN."""
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = before

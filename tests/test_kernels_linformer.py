@@ -525,17 +525,6 @@ def test_what_is_out_of_sight_is_never_read(case, where, kernels):
         assert torch.equal(runs[1][part][:, :, kept], expected[:, :, kept]), part
 
 
-@pytest.fixture
-def poisoned_memory():
-    """torch.empty gives NaN."""
-    before = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = before
-
-
 UNWRITTEN = [
     small(stored=20),
     small(packed="each", batch=2, dtype=torch.float16, dim=24),

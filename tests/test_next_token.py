@@ -355,6 +355,22 @@ def test_rows_of_different_lengths_generate_in_one_compiled_step(build, tiny_con
         assert torch.equal(together[row], alone[0, -20:])
 
 
+@pytest.mark.parametrize("poisoned", [False, True])
+def test_a_kept_cache_forgets_what_had_another_size(poisoned, build, tiny_config, request):
+    """Other rows, other beams, another dtype: memory that is made anew holds no token yet."""
+    if poisoned:
+        request.getfixturevalue("poisoned_memory")
+    model = build(LinformerForCausalLM, tiny_config(**CONFIG | {"eos_token_id": None}))
+    ids = torch.randint(1, 50, (4, 12))
+    calls = ((1, 1, None), (2, 1, None), (1, 1, None), (4, 1, None), (2, 2, None), (2, 1, torch.float32))
+    for rows, beams, dtype in calls:
+        model = model if dtype is None else model.to(dtype)
+        greedy = GenerationConfig(do_sample=False, num_beams=beams, max_new_tokens=10, pad_token_id=0)
+        expected = model.generate(ids[:rows], generation_config=greedy)
+        kept = model.generate(ids[:rows], generation_config=greedy, cache_implementation="static")
+        assert torch.equal(kept, expected), (rows, beams, dtype)
+
+
 def test_a_compiled_cache_that_is_handed_out_is_not_used_again(build, tiny_config):
     model = build(LinformerForCausalLM, tiny_config(**CONFIG))
     options = {"do_sample": False, "max_new_tokens": 3, "cache_implementation": "static"}  # compiled on accelerators

@@ -35,6 +35,8 @@ def make(**fields):
         ({"kernel": "rbf", "estimator": "discriminant"}, "estimator='discriminant' needs a kernel of one pass"),
         ({"kernel": "rbf", "regularization": "kfold"}, "regularization='kfold' needs a kernel of one pass"),
         ({"class_weight": "balanced", "regularization": "kfold"}, "class_weight needs regularization"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0 must be 1 or more"),
+        ({"per_device_eval_batch_size": -4}, "per_device_eval_batch_size=-4 must be 1 or more"),
     ],
 )
 def test_a_broken_rule_is_named(fields, message):

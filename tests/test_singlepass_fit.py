@@ -163,6 +163,13 @@ def test_one_class_only_is_refused(tmp_path):
         fit_head(collected(args, features_ND, torch.full_like(labels_N, 2)), args, True)
 
 
+def test_rows_without_any_weight_are_refused(tmp_path):
+    features_ND, labels_N = data()
+    args = arguments(tmp_path)
+    with pytest.raises(InputError, match="all 90 rows have weight 0"):
+        fit_head(collected(args, features_ND, labels_N, torch.zeros(90, dtype=torch.float64)), args, True)
+
+
 @pytest.mark.parametrize("kernel", ["rbf", "laplace", "polynomial", "arc_cosine", "deep"])
 def test_kernel_heads_predict_what_kernel_ridge_predicts(tmp_path, kernel):
     from transformers import BertConfig, BertModel

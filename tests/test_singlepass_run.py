@@ -119,6 +119,16 @@ def test_a_kernel_of_another_kind_is_saved_whole(sources, tmp_path):
     assert result.accuracy > 0.9
 
 
+def test_texts_have_no_weights(sources, tmp_path):
+    with pytest.raises(InputError, match="sample_weight_column='w'.*SinglePassTrainer"):
+        run(tmp_path, sources, "--sample_weight_column", "w")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_pass_that_was_cut_says_how_many_rows_it_had(sources, tmp_path):
+    assert run(tmp_path, sources, "--max_steps", "3", "--batch_size", "8").train_rows == 24
+
+
 def test_a_second_run_takes_the_place_of_the_first(sources, tmp_path):
     for kernel in ("relu", "linear"):
         run(tmp_path, sources, "--kernel", kernel, "--num_features", "16", "--normalize")

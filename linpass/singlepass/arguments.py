@@ -122,7 +122,7 @@ class SinglePassArguments(TrainingArguments):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}")
         least = {"num_features": 1, "degree": 1, "depth": 1, "exact_rows": 1, "folds": 2, "kept_rows": 2}
-        least |= {"calibration_rows": 0}
+        least |= {"calibration_rows": 0, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
         for name, bound in least.items():
             if not getattr(self, name) >= bound:
                 raise InputError(f"{name}={getattr(self, name)} must be {bound} or more")

@@ -145,9 +145,14 @@ def check_targets(statistics: RidgeStatistics, kind: str) -> None:
 
 
 def check_classes(classes: Tensor, rows: int, kind: str) -> None:
-    """Raise InputError for rows of one class only."""
-    if kind == "single_label_classification" and len(classes) < 2:
-        raise InputError(f"all {rows:,} rows have label {int(classes[0])}: a classifier needs rows of two classes")
+    """Raise InputError for rows of one class only, by those that have a weight."""
+    if kind != "single_label_classification" or len(classes) > 1:
+        return
+    if not len(classes):
+        raise InputError(f"all {rows:,} rows have weight 0: some row must weigh more")
+    raise InputError(
+        f"all {rows:,} rows have label {int(classes[0])}: a classifier needs rows of two classes, with weights above 0"
+    )
 
 
 def kept_rows(collection: Collection, arguments: SinglePassArguments, statistics: RidgeStatistics) -> dict[str, Tensor]:

@@ -49,7 +49,12 @@ class RowCollator:
             raise InputError(
                 f"sample_weight_column={self.weight_column!r} must be a column; row {number} has {columns}"
             )
-        return float(item[self.weight_column])
+        try:
+            return float(item[self.weight_column])
+        except (TypeError, ValueError):
+            raise InputError(
+                f"{self.weight_column}={item[self.weight_column]!r} of row {number} must be a number"
+            ) from None
 
     def _kept(self, item: Any) -> Any:
         if not isinstance(item, Mapping):

@@ -56,6 +56,11 @@ def train_single_pass(sources: SourceArguments, arguments: SinglePassRunArgument
     check_output_folder(output)
     check_checkpoint_folder(checkpoints)
     check_sources(sources)
+    if arguments.sample_weight_column is not None:
+        raise InputError(
+            f"sample_weight_column={arguments.sample_weight_column!r}: the rows of this command are texts and labels; "
+            "weights are for SinglePassTrainer in Python"
+        )
     repo_id = _checked_repo(arguments, output)
     say(arguments, settings_without_meaning(arguments))
     quiet = arguments.disable_tqdm or arguments.process_index != 0
@@ -92,7 +97,7 @@ def train_single_pass(sources: SourceArguments, arguments: SinglePassRunArgument
         accuracy_standard_error=(share * (1 - share) / len(test)) ** 0.5,
         loss=metrics["eval_loss"],
         seconds=outcome.metrics["train_runtime"],
-        train_rows=len(train),
+        train_rows=trainer.rows,
         test_rows=len(test),
     )
     if repo_id is not None:
