@@ -35,6 +35,7 @@ def make(**fields):
         ({"kernel": "rbf", "estimator": "discriminant"}, "estimator='discriminant' needs a kernel of one pass"),
         ({"kernel": "rbf", "regularization": "kfold"}, "regularization='kfold' needs a kernel of one pass"),
         ({"class_weight": "balanced", "regularization": "kfold"}, "class_weight needs regularization"),
+        ({"match": "sgd", "momentum": 5.0}, "match='sgd' needs momentum from 0 to below 1, not 5.0"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0 must be 1 or more"),
         ({"per_device_eval_batch_size": -4}, "per_device_eval_batch_size=-4 must be 1 or more"),
     ],

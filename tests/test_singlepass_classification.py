@@ -181,6 +181,18 @@ def test_a_mean_far_from_the_origin_costs_no_digits():
     assert (heads[0] - heads[1]).abs().max() < SINGLE * heads[0].std()
 
 
+def test_rows_of_weight_zero_choose_no_penalty():
+    features_ND, labels_N = torch.randn(400, 5, dtype=torch.float64), torch.arange(400) % 3
+    features_ND[:, 0] += labels_N
+    weights_N = torch.ones(400, dtype=torch.float64)
+    weights_N[150:] = 0
+    spectrum = moments(features_ND[:150], labels_N[:150]).spectrum()
+    alone = choose_logistic(features_ND[:150], labels_N[:150], spectrum)
+    beside = choose_logistic(features_ND, labels_N, spectrum, weights_N=weights_N)
+    assert beside.regularization == alone.regularization
+    assert torch.allclose(beside.weight_CD, alone.weight_CD)
+
+
 def test_a_class_without_rows_is_never_predicted():
     features_ND, labels_N = rows()
     head = choose_logistic(features_ND, labels_N, moments(features_ND, labels_N, 6).spectrum())

@@ -177,6 +177,20 @@ def test_gcv_is_the_hat_matrixs(fit_intercept, shape):
         close(row, expected, 1e-8 if shape[0] == 9 else EXACT)  # the hat matrix itself nears the identity
 
 
+def test_rows_of_weight_zero_choose_nothing():
+    """By GCV as by leaving one out: they are as if they were not there. So are classes of weight zero."""
+    x, y, _ = problem(rows=90)
+    weights = torch.ones(90, dtype=torch.float64)
+    weights[30:] = 0
+    alone = solve_ridge(statistics_of(x[:30], y[:30]), "gcv")
+    beside = solve_ridge(statistics_of(x, y, weights), "gcv")
+    assert beside.regularization == pytest.approx(alone.regularization, rel=1e-6)
+    groups = GroupedStatistics(2, x.shape[1], y.shape[1], precision="float64")
+    groups.update(x, y, None, (torch.arange(90) >= 30).long())
+    left = solve_ridge(groups.total([1.0, 0.0]), "gcv")
+    assert left.regularization == pytest.approx(alone.regularization, rel=1e-6)
+
+
 def test_gcv_of_an_interpolating_fit_has_a_limit_at_zero():
     x_ND, y_NC, _ = problem(9, 20)
     spectrum = statistics_of(x_ND, y_NC).spectrum()

@@ -209,7 +209,8 @@ def test_rows_of_weight_zero_are_counted_and_nothing_else(precision):
     s[:40] = 0
     statistics = of_all(x, y, s, precision, batch=10)
     assert_moments(statistics, loops(x[40:], y[40:], s[40:]), VALUE[precision])
-    assert statistics.rows == 90
+    assert (statistics.rows, statistics.spectrum().rows) == (90, 50)
+    assert statistics.scaled(0.0).state_dict()["counted"] == 0
     nothing = empty(precision=precision).update(x, y, torch.zeros(90))
     assert (nothing.rows, nothing.weight) == (90, 0)
     assert not nothing.scatter_DD.any()
@@ -217,6 +218,16 @@ def test_rows_of_weight_zero_are_counted_and_nothing_else(precision):
     assert torch.isfinite(nothing.target_mean_C).all()
     with pytest.raises(InputError, match="90 rows of weight 0"):
         nothing.spectrum()
+
+
+@each_precision
+def test_a_state_that_did_not_count_them_is_read(precision):
+    x, y, s = make_rows()
+    state = of_all(x, y, s, precision).state_dict()
+    del state["counted"]
+    statistics = empty(precision=precision)
+    statistics.load_state_dict(state)
+    assert statistics.spectrum().rows == 90
 
 
 @each_precision

@@ -142,6 +142,9 @@ class SinglePassArguments(TrainingArguments):
             "match='sgd' weighs every row the same: class_weight, sample_weight_column must not be set": (
                 self.match != "sgd" or not (self.class_weight or self.sample_weight_column)
             ),
+            f"match='sgd' needs momentum from 0 to below 1, not {self.momentum}": (
+                self.match != "sgd" or 0 <= self.momentum < 1
+            ),
             f"match={self.match!r} needs whole num_train_epochs, not {self.num_train_epochs}": (
                 self.match == "ridge" or whole_epochs
             ),

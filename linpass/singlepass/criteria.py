@@ -25,7 +25,7 @@ def gcv_scores(spectrum: Spectrum, grid_L: Tensor) -> Tensor:
         \mathrm{df} = 1 + \sum \frac{e}{e + \lambda}
 
     Source: Golub, Heath and Wahba 1979, on rows times the root of their weight: RSS is weighted, df is
-    the trace of the hat matrix, N counts rows (of any weight). RSS_0 is what no linear fit explains; sums run over
+    the trace of the hat matrix, N counts rows of a weight above 0. RSS_0 is what no linear fit explains; sums run over
     directions that the data has, 1 is the intercept. Both differences are written so that nothing cancels. With
     N = df(0) the fit interpolates, RSS_0 is 0 and the ratio is that of its limit: lambda^2 divides out.
     """

@@ -63,12 +63,15 @@ def choose_logistic(
         all rows, O(N D C) each; memory: a copy of the rows that are not held out.
     Invariants: another unit of the features, or of all weights, changes no prediction.
     """
-    rows = len(labels_N)
     unit = spectrum.eigenvalues_D.sum().item() / spectrum.rows or 1.0
     penalties = sorted(grid, reverse=True) if grid is not None else [unit * factor for factor in PENALTIES]
+    _check(features_ND, labels_N, spectrum, penalties[-1] if penalties else unit, weights_N)
+    if weights_N is not None and not weights_N.all():  # rows that weigh nothing are as if they were not there
+        kept_N = weights_N.nonzero()[:, 0]
+        features_ND, labels_N, weights_N = (part[kept_N.to(part.device)] for part in (features_ND, labels_N, weights_N))
+    rows = len(labels_N)
     if not penalties or rows < 2:
         raise InputError(f"grid of {len(penalties)} penalties, {rows} rows: need at least 1 penalty and 2 rows")
-    _check(features_ND, labels_N, spectrum, penalties[-1], weights_N)
 
     if grid is None and rows < FEW_ROWS:
         return _fit(features_ND, labels_N, spectrum, unit * FEW_ROWS_PENALTY, weights_N)

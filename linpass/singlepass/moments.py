@@ -28,7 +28,7 @@ class Spectrum:
         vectors_DD: the eigenvectors, in columns.
         projections_DC: :math:`V^\top S_{xy}`.
         target_scatter_C: :math:`\sum s (y - \bar y)^2`.
-        rows, weight: how many rows, and the sum of their weights.
+        rows, weight: how many rows of a weight above 0, and the sum of their weights.
         residual_C: weighted sum of squares that no linear fit explains, at least 0. Directions whose eigenvalue is at
             most ``noise`` explain nothing.
         noise: the largest eigenvalue that rounding alone can make out of 0.
@@ -62,6 +62,7 @@ class CentredMoments:
     one rounding of :math:`\mu - o`, not of :math:`\mu`.
 
     Attributes:
+        rows, counted: how many rows came, and those of a weight above 0, which a criterion counts.
         offset_D: the mean of the features minus the origin.
         cross_CD: :math:`\sum s\, y (x - o)^\top`, a row for each class so that a class is contiguous.
     """
@@ -72,7 +73,7 @@ class CentredMoments:
 
         self.product_dtype = product_dtype
         self.rows = 0
-        self.weight = zeros()
+        self.weight, self.counted = zeros(), zeros()
         self.origin_D, self.offset_D, self.target_mean_C = zeros(num_features), zeros(num_features), zeros(num_targets)
         self.scatter_DD, self.cross_CD = zeros(num_features, num_features), zeros(num_targets, num_features)
         self.target_scatter_C = zeros(num_targets)
@@ -80,7 +81,8 @@ class CentredMoments:
 
     def tensors(self) -> dict[str, Tensor]:
         """What a file holds; the tensors themselves, not copies."""
-        names = ("weight", "origin_D", "offset_D", "target_mean_C", "scatter_DD", "cross_CD", "target_scatter_C")
+        names = ("weight", "counted", "origin_D", "offset_D", "target_mean_C")
+        names += ("scatter_DD", "cross_CD", "target_scatter_C")
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -122,6 +124,7 @@ class CentredMoments:
             self.cross_CD.addr_(weight * target_mean_C, offset_D)
         self._shift_means(weight, offset_D, target_mean_C, target_scatter_C)
         self.rows += len(rows_ND)
+        self.counted += len(rows_ND) if weights_N is None else (weights_N > 0).sum()
 
     def merge(self, other: "CentredMoments", sign: int = 1) -> None:
         """As if the rows of ``other`` had come here (sign 1), or had never come (sign -1); ``other`` stays."""
@@ -135,9 +138,11 @@ class CentredMoments:
             sign * other.weight, other.offset_D + shift_D, other.target_mean_C, sign * other.target_scatter_C
         )
         self.rows += sign * other.rows
+        self.counted += sign * other.counted
 
     def scale(self, factor: float) -> None:
         """Every weight times ``factor``."""
+        self.counted *= factor > 0
         for tensor in (self.weight, self.scatter_DD, self.cross_CD, self.target_scatter_C):
             tensor.mul_(factor)
 
@@ -163,7 +168,7 @@ class CentredMoments:
             mean_D=self.mean_D,
             target_mean_C=self.target_mean_C.clone(),
             target_scatter_C=target_scatter_C.clone(),
-            rows=self.rows,
+            rows=int(self.counted.item()),
             weight=self.weight.item(),
             residual_C=residual_C.clamp_(min=0),
             fit_intercept=fit_intercept,

@@ -34,14 +34,14 @@ class TriangularFactor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
         self.rows = 0
-        self.weight = zeros()
+        self.weight, self.counted = zeros(), zeros()
         self.origin_D, self.target_origin_C = zeros(num_features), zeros(num_targets)
         self.factor_AA = zeros(1 + num_features, 1 + num_features)
         self.rotated_AC, self.residual_C = zeros(1 + num_features, num_targets), zeros(num_targets)
 
     def tensors(self) -> dict[str, Tensor]:
         """What a file holds; the tensors themselves, not copies."""
-        names = ("weight", "origin_D", "target_origin_C", "factor_AA", "rotated_AC", "residual_C")
+        names = ("weight", "counted", "origin_D", "target_origin_C", "factor_AA", "rotated_AC", "residual_C")
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -79,6 +79,7 @@ class TriangularFactor:
         self._stack(rows_NA, targets.sub_(self.target_origin_C).mul_(root_N1))
         self.weight += len(rows_ND) if weights_N is None else weights_N.sum()
         self.rows += len(rows_ND)
+        self.counted += len(rows_ND) if weights_N is None else (weights_N > 0).sum()
 
     def merge(self, other: "TriangularFactor") -> None:
         """As if the rows of ``other`` had come here; ``other`` stays."""
@@ -92,9 +93,11 @@ class TriangularFactor:
         self.residual_C += other.residual_C
         self.weight += other.weight
         self.rows += other.rows
+        self.counted += other.counted
 
     def scale(self, factor: float) -> None:
         """Every weight times ``factor``."""
+        self.counted *= factor > 0
         for tensor, power in ((self.factor_AA, 0.5), (self.rotated_AC, 0.5), (self.residual_C, 1), (self.weight, 1)):
             tensor.mul_(factor**power)
 
@@ -118,7 +121,7 @@ class TriangularFactor:
             mean_D=self.mean_D,
             target_mean_C=self.target_mean_C,
             target_scatter_C=self.residual_C + rotated.square().sum(0),
-            rows=self.rows,
+            rows=int(self.counted.item()),
             weight=self.weight.item(),
             residual_C=self.residual_C + (rotated - explained).square().sum(0),
             fit_intercept=fit_intercept,
