@@ -217,7 +217,7 @@ def gated_slot_attention(shape: Shape, inputs: list[Tensor]) -> Attention:
 
 
 def gated_slots_truth(query: Tensor, key: Tensor, value: Tensor, write: Tensor, gate: Tensor) -> Tensor:
-    r"""Gated slot attention token by token, of the last row of the batch (Zhang et al. 2024, arXiv:2409.07146, eq. 3).
+    r"""Gated slot attention token by token, of the last row of the batch (Zhang et al. 2024, arXiv:2409.07146).
 
     Every slot's key and value fade by the gate, :math:`e^{g_t}`, and take the token in by ``write``; a query attends
     to the slots as they then are.
