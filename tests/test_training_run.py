@@ -217,6 +217,15 @@ def test_resume_without_a_checkpoint_begins_at_the_beginning(tmp_path, finished,
     assert "this run begins at step 0" in capsys.readouterr().out
 
 
+def test_resume_does_not_train_a_finished_model_anew(tmp_path):
+    debug_run(tmp_path, "--max_steps", "3")
+    before = (tmp_path / "final_model" / "model.safetensors").read_bytes()
+    with pytest.raises(InputError, match="resume: .* no complete checkpoint, and output_dir=.* a finished model"):
+        debug_run(tmp_path, "--max_steps", "6", "--resume")
+    assert (tmp_path / "final_model" / "model.safetensors").read_bytes() == before
+    debug_run(tmp_path, "--max_steps", "3")
+
+
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_baselines_are_trained_by_the_same_command(tmp_path, architecture, finished, capsys):
     result = debug_run(tmp_path, "--architecture", architecture, "--epochs", "0.2")

@@ -282,11 +282,21 @@ def tokens_per_step(trainer: LanguageModelTrainer) -> int:
 
 
 def where_to_start(run: Run, trainer: LanguageModelTrainer) -> str | Path | None:
-    """The checkpoint to go on from, None for the beginning."""
+    """The checkpoint to go on from, None for the beginning.
+
+    Raises:
+        InputError: nothing to go on from, and a model that the beginning would end up replacing: a completed run has no
+            checkpoints any more.
+    """
     arguments = run.training
     if not arguments.resume:
         return arguments.resume_from_checkpoint
     found = trainer.find_checkpoint()
+    if found is None and (Path(arguments.output_dir).expanduser() / "config.json").is_file():
+        raise InputError(
+            f"resume: {arguments.checkpoint_dir!r} holds no complete checkpoint, and output_dir="
+            f"{arguments.output_dir!r} a finished model; leave --resume out to train it anew"
+        )
     if found is None:
         say(arguments, f"resume: no complete checkpoint in {arguments.checkpoint_dir}; this run begins at step 0")
     return found
