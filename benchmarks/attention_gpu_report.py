@@ -197,7 +197,8 @@ def memory_table(rows: dict[tuple, dict], theme: Theme) -> list[str]:
     ]
     worst = {key: row for key, row in rows.items() if row.get("errors")}
     if worst:
-        without = dict.fromkeys(key[3] for key in rows if key[3] not in {found[3] for found in worst})
+        measured = {key[3] for key in worst}
+        without = [name for name in dict.fromkeys(key[3] for key in rows) if name not in measured]
         lines += [
             "",
             "Largest relative error of output and gradients against float64, of the last row of the batch (of two of "

@@ -140,10 +140,15 @@ class LinformerModel(LinformerPreTrainedModel):
         use_cache = bool(use_cache) and self.config.causal and document_ids is None
         if past_key_values is None and use_cache:
             past_key_values = LinformerCache(self.config)
-        keep = self._real_tokens(attention_mask, inputs_embeds.shape[:2], past_key_values)
-        grid = self._token_grid(inputs_embeds, keep, document_ids, past_key_values)
-        self._check_past(attention_mask, tokens, past_key_values)
-        self._check_length(grid, tokens, past_key_values)
+        past = past_key_values if past_key_values is not None and past_key_values.has_tokens else None
+        keep = self._real_tokens(attention_mask, inputs_embeds.shape[:2], past)
+        if document_ids is not None and (not self.config.causal or past_key_values is not None):
+            raise ValueError(
+                "document_ids packs several documents in a row: this is for causal models, without past_key_values"
+            )
+        grid = self._token_grid(inputs_embeds, keep, document_ids, past)
+        self._check_past(attention_mask, tokens, past)
+        self._check_length(grid, tokens, past)
         if position_ids is not None:
             same = position_ids[..., -tokens:].to(inputs_embeds.device) == grid.index_BT
             require(
@@ -179,61 +184,57 @@ class LinformerModel(LinformerPreTrainedModel):
     def _angles(self, position_BN: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return rotary_angles(position_BN, self.config.head_dim, self.config.rotary_base, dtype)
 
+    # Below, `past` is a cache that holds tokens, else None.
     def _real_tokens(
-        self, attention_mask: Tensor | None, shape: torch.Size, past_key_values: LinformerCache | None
+        self, attention_mask: Tensor | None, shape: torch.Size, past: LinformerCache | None
     ) -> Tensor | None:
         """True where a token of this call is real, [B, T]; None where no mask was given."""
         if attention_mask is None:
             return None
-        (batch, tokens), continues = shape, past_key_values is not None and past_key_values.has_tokens
-        fits = attention_mask.dim() == 2 and len(attention_mask) == batch
-        longer = " or longer" if continues else ""
-        if not fits or attention_mask.shape[1] < tokens or (attention_mask.shape[1] > tokens and not continues):
+        given, tokens = attention_mask.shape, shape[1]
+        fits = len(given) == 2 and given[0] == shape[0]
+        if not (fits and (given[1] == tokens or (past is not None and given[1] > tokens))):
+            longer = "" if past is None else " or longer"
             raise ValueError(
-                f"attention_mask has shape {list(attention_mask.shape)}; a Linformer takes [batch, tokens], one number "
+                f"attention_mask has shape {list(given)}; a Linformer takes [batch, tokens], one number "
                 f"per token of this call and, before them, of the cache: {list(shape)}{longer}"
             )
-        return attention_mask[:, attention_mask.shape[1] - shape[1] :] != 0
+        return attention_mask[:, given[1] - tokens :] != 0
 
-    def _token_grid(self, inputs_embeds, keep, document_ids, past_key_values) -> TokenGrid:
+    def _token_grid(self, inputs_embeds, keep, document_ids, past: LinformerCache | None) -> TokenGrid:
         (batch, tokens), device = inputs_embeds.shape[:2], inputs_embeds.device
         if document_ids is not None:
-            if not self.config.causal or (past_key_values is not None):
-                raise ValueError(
-                    "document_ids packs several documents in a row: this is for causal models, without past_key_values"
-                )
             if document_ids.shape != (batch, tokens):
                 raise ValueError(
                     f"document_ids has shape {list(document_ids.shape)}; it needs {[batch, tokens]}, one per token"
                 )
             return packed_grid(document_ids.to(device), self.config.block_size, keep)
-        if past_key_values is None or not past_key_values.has_tokens:
+        if past is None:
             return plain_grid(tokens, device, keep)
         if not self.config.causal:
             raise ValueError("past_key_values: an encoder (causal=False) has no cache")
-        seen = past_key_values.layers[0].seen.clone()  # it counts on in place, a backward pass may want what it was
+        seen = past.layers[0].seen.clone()  # it counts on in place, a backward pass may want what it was
         if len(seen) != batch:
             raise ValueError(f"past_key_values holds {len(seen)} rows, the batch has {batch}")
         if tokens == 1:
             return next_token_grid(seen, keep)
         return continued_grid(tokens, seen, self.config.block_size, keep)
 
-    def _check_past(self, attention_mask: Tensor | None, tokens: int, past_key_values: LinformerCache | None) -> None:
+    def _check_past(self, attention_mask: Tensor | None, tokens: int, past: LinformerCache | None) -> None:
         """A mask that also covers the cache must say of it what was said when its tokens were given."""
-        if attention_mask is None or past_key_values is None or not past_key_values.has_tokens:
+        if attention_mask is None or past is None:
             return
-        cache, past = past_key_values.layers[0], attention_mask.shape[1] - tokens
-        if past:
-            same = ((attention_mask[:, :past] != 0).sum(-1) == cache.seen).all()
+        cache, columns = past.layers[0], attention_mask.shape[1] - tokens
+        if columns:
+            same = ((attention_mask[:, :columns] != 0).sum(-1) == cache.seen).all()
             require(
-                same | (cache.columns != past),
+                same | (cache.columns != columns),
                 "attention_mask masks other tokens of the past than when they were given: what is in a LinformerCache "
                 "has been mixed and cannot be masked any more",
             )
 
-    def _check_length(self, grid: TokenGrid, tokens: int, past_key_values: LinformerCache | None) -> None:
-        limit = self.config.max_tokens
-        continues = past_key_values is not None and past_key_values.has_tokens
+    def _check_length(self, grid: TokenGrid, tokens: int, past: LinformerCache | None) -> None:
+        limit, continues = self.config.max_tokens, past is not None
         if limit is None or (tokens <= limit and not continues):
             return
         row = f"of what the cache holds and {tokens} more" if continues else f"of {tokens} tokens"

@@ -121,9 +121,9 @@ def kernels(request, monkeypatch):
 @pytest.fixture
 def poisoned_memory():
     """torch.empty gives NaN."""
-    before = torch.utils.deterministic.fill_uninitialized_memory
+    was, before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
-    torch.use_deterministic_algorithms(False)
+    torch.use_deterministic_algorithms(was)
     torch.utils.deterministic.fill_uninitialized_memory = before

@@ -216,7 +216,7 @@ class BlockSum:
             InputError: names, shapes or dtypes of another size or precision. Nothing has changed then.
         """
         self.changes += 1
-        if "rows" in tensors:  # of 0.1.0 and before, which counted rows of weight 0 too
+        if "rows" in tensors:  # of versions that counted rows of weight 0 too
             tensors = {"counted": tensors["rows"].double()} | tensors
         mine = {"rows": torch.tensor(0), **self.flushed().tensors()}
         if missing := sorted(mine.keys() - tensors.keys()):

@@ -33,7 +33,7 @@ def check_output_folder(output: Path) -> None:
         raise InputError(f"output_dir={str(output)!r} must not be the current folder or one above it")
     files = sorted(output.iterdir()) if output.is_dir() else []
     others = [file.name for file in files if not any(fnmatch(file.name, pattern) for pattern in MODEL_FILES)]
-    if others or (files and not (output / "config.json").is_file()):
+    if others or (files and not holds_model(output)):
         held = others or [file.name for file in files]
         raise InputError(
             f"output_dir={str(output)!r} must be new, empty or a saved model to replace; it holds {', '.join(held[:3])}"
@@ -41,6 +41,11 @@ def check_output_folder(output: Path) -> None:
     _check_writable("output_dir", output.parent)
     if (output.parent / PLOT_NAME).is_dir():
         raise InputError(f"output_dir={str(output)!r}: {PLOT_NAME} beside it must not be a folder")
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether a model was saved there."""
+    return (folder / "config.json").is_file()
 
 
 def check_checkpoint_folder(folder: Path) -> None:

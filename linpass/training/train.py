@@ -27,6 +27,7 @@ from linpass.training.output_folder import (
     SAMPLES_NAME,
     check_checkpoint_folder,
     check_output_folder,
+    holds_model,
     save_finished_model,
 )
 from linpass.training.parser import Run, TrainingArguments
@@ -292,7 +293,7 @@ def where_to_start(run: Run, trainer: LanguageModelTrainer) -> str | Path | None
     if not arguments.resume:
         return arguments.resume_from_checkpoint
     found = trainer.find_checkpoint()
-    if found is None and (Path(arguments.output_dir).expanduser() / "config.json").is_file():
+    if found is None and holds_model(Path(arguments.output_dir).expanduser()):
         raise InputError(
             f"resume: {arguments.checkpoint_dir!r} holds no complete checkpoint, and output_dir="
             f"{arguments.output_dir!r} a finished model; leave --resume out to train it anew"
