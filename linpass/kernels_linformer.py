@@ -152,7 +152,8 @@ def mix_sequence_and_attend(
     """:func:`attention_linformer.mix_sequence_and_attend`, fused where :func:`_fits`.
 
     The mixing is products of matrices, in one node of the graph with attention: of short rows a GPU computes faster
-    than Python and autograd can name single operators.
+    than Python and autograd can name single operators. torch.compile names them beforehand, and joins what turns the
+    slots: to it they are operators of their own.
 
     Cost: that of :func:`attend_slots`, 2·B·G·K·D numbers for the slots, and B·N·K for the gradient of E or F.
     Invariants: those of :func:`attend_slots`.
@@ -160,6 +161,8 @@ def mix_sequence_and_attend(
     query, key, value, *mixing = _one_dtype(query_BHND, key_BGND, value_BGND, *weights)
     if not _fits((query, key, value), NO_BLOCKS):
         return plain.mix_sequence_and_attend(query, key, value, mixing, slot_angles)
+    if torch.compiler.is_compiling():
+        return attend_slots(query, *plain.mix_sequences(key, value, mixing, slot_angles))
     tensors = _once_each(query, key, value, *mixing)
     return _MixSequenceAndAttend.apply(*tensors, *(slot_angles or (None, None)))
 
