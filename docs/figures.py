@@ -91,8 +91,10 @@ def draw_speed(path: Path) -> None:
     plt.close(figure)
 
 
+FROM_GRAPH = ", from a CUDA graph"
 VARIANTS = {  # colour and line of each variant of benchmarks.attention_gpu
     "linpass": ("#2a6f97", "-"),
+    "linpass" + FROM_GRAPH: ("#2a6f97", "-."),
     "cuDNN causal": ("#4d4d4d", "-"),
     "flash causal": ("#9a9a9a", "-"),
     "FlexAttention": ("#f2b134", "--"),
@@ -152,7 +154,12 @@ def draw_gpu_speed(path: Path, result: dict | None = None) -> None:
         for row in rows:
             if (row["heads"], row["dim"]) == (heads, dim):
                 lines[row["variant"]][row["n"]] = row["both_ms"][0]
-        draw_variants(axes, {name: line for name, line in lines.items() if line})
+        replayed = {"linpass": {}, "cuDNN causal": {}}
+        for row in result.get("graphs", ()):
+            if (row["heads"], row["dim"]) == (heads, dim) and row["variant"] in replayed and "graph_ms" in row:
+                replayed[row["variant"]][row["n"]] = row["graph_ms"][0]
+        lines["linpass" + FROM_GRAPH] = replayed["linpass"]
+        draw_variants(axes, {name: line for name, line in lines.items() if line}, crossing(*replayed.values()))
         axes.set_title(f"{heads} heads of {dim}", fontsize=10)
     handles, names = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
@@ -166,13 +173,13 @@ def draw_gpu_speed(path: Path, result: dict | None = None) -> None:
     plt.close(figure)
 
 
-def draw_variants(axes, lines: dict[str, dict[int, float]]) -> None:
+def draw_variants(axes, lines: dict[str, dict[int, float]], crossing_of_graphs: float | None = None) -> None:
     """Milliseconds over n, {variant: {n: ms}}, both logarithmic."""
     for name, line in lines.items():
         (colour, style), width = VARIANTS[name], 2.2 if name == "linpass" else 1.4
         n, times = zip(*sorted(line.items()), strict=True)
         axes.plot(n, times, style, marker="o", ms=3.5, color=colour, lw=width, label=name)
-    mark_crossing(axes, lines.get("linpass", {}), lines.get("cuDNN causal", {}))
+    mark_crossing(axes, lines.get("linpass", {}), lines.get("cuDNN causal", {}), crossing_of_graphs)
     lengths = sorted({n for line in lines.values() for n in line})
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
@@ -183,13 +190,17 @@ def draw_variants(axes, lines: dict[str, dict[int, float]]) -> None:
     axes.grid(alpha=0.3)
 
 
-def mark_crossing(axes, ours: dict[int, float], theirs: dict[int, float]) -> None:
-    """A line where linpass passes cuDNN, with its n and the ratio at the longest row."""
+def mark_crossing(
+    axes, ours: dict[int, float], theirs: dict[int, float], crossing_of_graphs: float | None = None
+) -> None:
+    """A line where linpass passes cuDNN, with its n, that of CUDA graphs, and the ratio at the longest row."""
     n = crossing(ours, theirs)
     if n is None:
         return
     always, longest = n == min(ours.keys() & theirs.keys()), max(ours.keys() & theirs.keys())
-    text = f"ahead of cuDNN\nat every n, from {n:g}" if always else f"ahead of cuDNN\nfrom n ≈ {float(f'{n:.2g}'):,.0f}"
+    text = f"ahead of cuDNN\nat every n, from {n:g}" if always else f"ahead of cuDNN\nfrom n ≈ {_two_digits(n)}"
+    if crossing_of_graphs is not None:
+        text += f";\nboth from graphs: {_two_digits(crossing_of_graphs)}"
     axes.axvline(n, color="#2a6f97", lw=1, ls=":")
     text += f";\n{theirs[longest] / ours[longest]:.0f} × at {longest:,}"
     axes.annotate(
@@ -202,6 +213,10 @@ def mark_crossing(axes, ours: dict[int, float], theirs: dict[int, float]) -> Non
         fontsize=8,
         color="#2a6f97",
     )
+
+
+def _two_digits(number: float) -> str:
+    return f"{float(f'{number:.2g}'):,.0f}"
 
 
 if __name__ == "__main__":
