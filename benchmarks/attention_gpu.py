@@ -2,10 +2,10 @@
 
 Measures two ceilings of the device (``ceilings``), checks our attention against float64 (``gate``; a variant of ours
 whose check is red is not timed), then times every variant at every shape with its peak memory and its error
-(``timing``), at short rows also replayed from a CUDA graph (``graphs``). ``--quick`` is for tuning: ours and cuDNN at
-the five lengths that have a target. ``--bidirectional`` measures the encoder's attention over k slots instead of the
-causal one. Every row is written to RESULT.json as it comes; the tables stand in RESULT.md in
-the end, and the last line printed is a summary in JSON. A variant that cannot run has the reason in its row.
+(``timing``), the most important also replayed from a CUDA graph (``graphs``). ``--quick`` is for tuning: ours and cuDNN
+at the five lengths that have a target. ``--bidirectional`` measures the encoder's attention over k slots instead of the
+causal one. Every row is written to RESULT.json as it comes; the tables stand in RESULT.md in the end, and the last line
+printed is a summary in JSON. A variant that cannot run has the reason in its row.
 """
 
 import argparse
@@ -128,11 +128,14 @@ def time_all(report: Report, plan: Plan, red: set[str], device: torch.device) ->
         shapes = [shape for shape in plan.shapes if (shape.heads, shape.dim) == width]
         time_group(report, plan, compared, shapes, red, device)
         if "graphs" in plan.parts and device.type == "cuda":
-            replay_all(report, plan, shapes, red, device)
+            plain = (variant for group in others for variant in group if variant.name in GATED)
+            replay_all(report, plan, (*compared[:2], *plain), shapes, red, device)
     for has_target in (True, False):
         shapes = [shape for shape in plan.shapes if shape.has_target == has_target]
         for variant in (variant for group in others for variant in group):
             time_group(report, plan, (variant,), shapes, red, device)
+            if has_target and variant.name not in GATED and "graphs" in plan.parts and device.type == "cuda":
+                replay_all(report, plan, (variant,), shapes, red, device)
 
 
 def time_group(
@@ -151,12 +154,18 @@ def time_group(
             time_one(report, plan, variant, shape, inputs)
 
 
-def replay_all(report: Report, plan: Plan, shapes: Sequence[cases.Shape], red: set[str], device: torch.device) -> None:
-    """Ours, both ways, and cuDNN without the time to launch, at short rows."""
-    in_pytorch = [variant for group in plan.variants[1:] for variant in group if variant.name in GATED]
+def replay_all(
+    report: Report,
+    plan: Plan,
+    variants: Sequence[cases.Variant],
+    shapes: Sequence[cases.Shape],
+    red: set[str],
+    device: torch.device,
+) -> None:
+    """Without the time to launch, up to LONGEST_GRAPH tokens."""
     for shape in (shape for shape in shapes if shape.tokens <= LONGEST_GRAPH):
         inputs = inputs_for(shape, plan, device)
-        for variant in (each for each in (*plan.variants[0][:2], *in_pytorch) if each.name not in red):
+        for variant in (each for each in variants if each.name not in red):
 
             def compute(build=variant.build, shape=shape, inputs=inputs) -> dict:
                 return measure_graph(build(shape, inputs), device, plan.repeats)

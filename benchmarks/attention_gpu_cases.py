@@ -172,23 +172,11 @@ def with_backend(backend: SDPBackend) -> Callable[[Shape, list[Tensor]], Attenti
 
 
 def flex_attention_over_slots(shape: Shape, inputs: list[Tensor]) -> Attention:
-    """Mixing as products of matrices, then compiled FlexAttention over slots and tokens.
-
-    The mask is made before, and not compiled: compiling it took minutes at n = 8192.
-    """
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    """Mixing as products of matrices, then compiled FlexAttention over slots and tokens."""
+    from torch.nn.attention.flex_attention import flex_attention
 
     torch.compiler.reset()  # or the number of compiled versions of one function reaches its limit
-    b, w, r, blocks = shape.layout[:4]
-    slots = blocks * r
-
-    def sees(_batch, _head, query, key):
-        token = key - slots
-        in_window = (key >= slots) & (token <= query) & (token > query - w)
-        return in_window | ((key < slots) & (key // r < (query + 1) // b))
-
-    device, length = inputs[0].device, shape.tokens
-    mask = create_block_mask(sees, None, None, length, slots + length, device=device)
+    mask = flex_mask(shape, inputs[0].device)
     attend = torch.compile(flex_attention, dynamic=False)
 
     def forward(query, key, value, key_weight, value_weight):
@@ -197,6 +185,41 @@ def flex_attention_over_slots(shape: Shape, inputs: list[Tensor]) -> Attention:
         return attend(query.contiguous(), keys, values, block_mask=mask)
 
     return Attention(forward, inputs, MIXED, linformer_truth(shape.layout, shape.tokens))
+
+
+def flex_mask(shape: Shape, device: torch.device, tile: int = 128):
+    """FlexAttention's mask over slots, then tokens, from the ranges of keys that the queries of a tile see.
+
+    ``create_block_mask`` forms it for every query and key first: from n = 131,072 on there is no room for that, and to
+    compile it takes minutes.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    (b, w, r, blocks), n = shape.layout[:4], shape.tokens
+    slots = blocks * r
+
+    def sees(_batch, _head, query, key):
+        token = key - slots
+        in_window = (key >= slots) & (token <= query) & (token > query - w)
+        return in_window | ((key < slots) & (key // r < (query + 1) // b))
+
+    first = torch.arange(0, n, tile, device=device)[:, None]
+    last = (first + tile).clamp(max=n) - 1
+    start = torch.arange(0, slots + n, tile, device=device)[None]
+    stop = (start + tile).clamp(max=slots + n)
+    some = start < (last + 1) // b * r  # slots of blocks that the last query has behind it
+    some = some | ((stop > slots + (first - w + 1).clamp(min=0)) & (start <= slots + last))
+    every = stop <= (first + 1) // b * r
+    every = every | ((start >= slots + (last - w + 1).clamp(min=0)) & (stop <= slots + first + 1))
+
+    def listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
+        """How many tiles of keys each tile of queries has, and their numbers, in front."""
+        order = tiles.int().argsort(dim=1, descending=True, stable=True)
+        return tiles.sum(1, dtype=torch.int32)[None, None], order.int()[None, None]
+
+    return BlockMask.from_kv_blocks(
+        *listed(some & ~every), *listed(every), BLOCK_SIZE=tile, mask_mod=sees, seq_lengths=(n, slots + n)
+    )
 
 
 def gated_slot_attention(shape: Shape, inputs: list[Tensor]) -> Attention:

@@ -2,9 +2,9 @@
 
 from typing import NamedTuple
 
-from benchmarks.attention_gpu_cases import CUDNN, FLASH, LONGEST_DENSE_TRUTH, OURS, OURS_IN_PYTORCH, Shape
+from benchmarks.attention_gpu_cases import CUDNN, FLASH, LONGEST_DENSE_TRUTH, OURS, Shape
 from benchmarks.attention_gpu_measure import ALL_HEADS_CHECKED_TO
-from benchmarks.report_file import grouped, table
+from benchmarks.report_file import grouped, machine, table
 
 
 class Theme(NamedTuple):
@@ -132,7 +132,7 @@ def page(result: dict) -> str:
     lines = [
         f"# {theme.title} on one GPU, {where['date']}",
         "",
-        f"{where['hardware']}; torch {where['torch']}, Triton {where['triton']}, cuDNN {where['cudnn']}, linpass "
+        f"{machine(where)}; torch {where['torch']}, Triton {where['triton']}, cuDNN {where['cudnn']}, linpass "
         f"{where['linpass']} ({where['commit'] or 'commit unknown'}). Command: `{where['command']}`.",
         "",
         f"bfloat16, {where['batch_tokens']:,} tokens a batch (one row beyond that), attention alone; {theme.sizes}. "
@@ -215,23 +215,18 @@ def memory_table(rows: dict[tuple, dict], theme: Theme) -> list[str]:
 
 def graphs_table(result: dict, theme: Theme) -> list[str]:
     found = {(r["heads"], r["dim"], r["n"], r["variant"]): r.get("graph_ms", [None])[0] for r in result["graphs"]}
+    others = [name for name in dict.fromkeys(key[3] for key in found) if name not in (OURS.name, theme.cudnn)]
     body = []
     for heads, dim, n in sorted({key[:3] for key in found}):
-        ours, theirs, plain = (
-            found.get((heads, dim, n, name)) for name in (OURS.name, theme.cudnn, OURS_IN_PYTORCH.name)
-        )
+        ours, theirs, *rest = (found.get((heads, dim, n, name)) for name in (OURS.name, theme.cudnn, *others))
         ratio = round(theirs / ours, 3) if ours and theirs else None
         target = theme.targets.get(n) if (heads, dim) == (8, 64) else None
-        body.append([heads, dim, n, ours, theirs, ratio, target, plain])
+        body.append([heads, dim, n, ours, theirs, ratio, target, *rest])
     if not body:
         return []
     text = "Forward and backward replayed from a CUDA graph, so without the time that Python needs to launch them:"
     head = ["heads", "of", "n", f"{OURS.name} ms", f"{theme.cudnn} ms", "× cuDNN", "target"]
-    if any(row[-1] for row in body):
-        head += [f"{OURS_IN_PYTORCH.name} ms"]
-    else:
-        body = [row[:-1] for row in body]
-    return ["", "## Without launch times", "", text, *table(head, body)]
+    return ["", "## Without launch times", "", text, *table(head + [f"{name} ms" for name in others], body)]
 
 
 def gate_table(result: dict) -> list[str]:

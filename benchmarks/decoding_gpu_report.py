@@ -2,7 +2,7 @@
 
 from benchmarks.decoding_gpu_cases import BEFORE, LOUDER
 from benchmarks.models_gpu_report import profile_tables, spread
-from benchmarks.report_file import table
+from benchmarks.report_file import machine, table
 
 # Latency of a token behind the longest context over that behind the shortest; tokens/s over Llama's at one situation.
 FLAT, SHORTEST, LONGEST = 1.1, 512, 131072
@@ -86,7 +86,7 @@ def page(result: dict) -> str:
     lines = [
         f"# Decoding on one GPU, {where['date']}",
         "",
-        f"{where['hardware']}; torch {where['torch']}, transformers {where['transformers']}, linpass "
+        f"{machine(where)}; torch {where['torch']}, transformers {where['transformers']}, linpass "
         f"{where['linpass']} ({where['commit'] or 'commit unknown'}). Command: `{where['command']}`.",
         "",
         f"{size['embed_dim']} wide, {size['depth']} layers, {size['heads']} heads, vocabulary {size['vocab_size']:,}; "

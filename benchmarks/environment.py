@@ -25,9 +25,8 @@ def describe() -> dict:
             commit, changed = (subprocess.run(words, capture_output=True, text=True).stdout.strip() for words in asked)
             commit += "-dirty" if changed else ""
     return {
-        "hardware": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{cpu_name()}, {os.cpu_count()} cores",
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -45,6 +44,10 @@ def loss_implementation(device: str) -> str:
     from linpass.training.losses import choose_implementation
 
     return choose_implementation("auto", torch.empty(0, 1, device=device, dtype=torch.bfloat16))
+
+
+def processor() -> str:
+    return f"{cpu_name()}, {os.cpu_count()} cores"
 
 
 def cpu_name() -> str:

@@ -26,6 +26,7 @@ from benchmarks.report_file import (
     command_line,
     device_of,
     earlier_result,
+    machine,
     table,
 )
 from linpass import LinformerConfig
@@ -156,7 +157,7 @@ def page(result: dict) -> str:
     lines = [
         f"# Whole models against float64, {where['date']}",
         "",
-        f"{where['hardware']}; torch {where['torch']}, transformers {where['transformers']}, linpass {where['linpass']}"
+        f"{machine(where)}; torch {where['torch']}, transformers {where['transformers']}, linpass {where['linpass']}"
         f" ({where['commit']}). Command: `{where['command']}`.",
         "",
         "Errors relative in the Frobenius norm, against the same weights in float64 by PyTorch's functions: of the "

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from benchmarks.models_gpu_cases import BOUND, FULL, OURS
-from benchmarks.report_file import table
+from benchmarks.report_file import machine, table
 
 RIVALS = {"training": ("GPT-2", "Llama"), "encoder": ("BERT",)}
 SECTIONS = ("training", "prefill", "encoder")
@@ -115,7 +115,7 @@ def page(result: dict) -> str:
     lines = [
         f"# Whole models on one GPU, {where['date']}",
         "",
-        f"{where['hardware']}; torch {where['torch']}, transformers {where['transformers']}, linpass "
+        f"{machine(where)}; torch {where['torch']}, transformers {where['transformers']}, linpass "
         f"{where['linpass']} ({where['commit'] or 'commit unknown'}). Command: `{where['command']}`.",
         "",
         f"{size['embed_dim']} wide, {size['depth']} layers, {size['heads']} heads, vocabulary {size['vocab_size']:,}; "

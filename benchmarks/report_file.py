@@ -113,6 +113,12 @@ def _described(environment: dict) -> dict:
     return {name: environment.get(name) for name in ("commit", "date", "hardware", "threads", "command")}
 
 
+def machine(environment: dict) -> str:
+    """The device, and the processor that launches its kernels where a result names it."""
+    hardware, processor = environment["hardware"], environment.get("processor")
+    return hardware if processor in (None, hardware) else f"{hardware}, host {processor}"
+
+
 def runs_table(result: dict) -> list[str]:
     """Lines that say which rows are of which run, where a result was resumed."""
     runs = result["environment"].get("runs")

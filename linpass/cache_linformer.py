@@ -389,6 +389,8 @@ def _ring_of(states_BGND: Tensor, size: int, count_B: Tensor | None) -> Tensor:
         newest = states_BGND[:, :, max(0, rows - size) :]
         if rows < size:
             return torch.nn.functional.pad(newest, (0, 0, 0, size - rows))
+        if rows % size == 0 and not torch.is_grad_enabled():  # it is copied into memory; of a gradient it is the memory
+            return newest
         return newest.roll(rows % size, 2)
     row_BS = _newest(count_B, size)
     held = _read_rows(states_BGND, row_BS.clamp(0, rows - 1))

@@ -40,6 +40,29 @@ def _without_the_interpreter(monkeypatch):
     monkeypatch.setattr(kernels_linformer, "mix_and_attend", attention_linformer.mix_and_attend)
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [
+        cases.Shape(2, 16, 512, 128, 32),
+        cases.Shape(2, 16, 2048, 256, 32),
+        cases.Shape(1, 16, 1024, 64, 128),
+        cases.Shape(1, 16, 640, 40, 32, window=200),
+        cases.Shape(1, 16, 384, 96, 32, window=64),
+    ],
+)
+def test_the_mask_of_flex_attention_is_the_one_that_it_would_form_itself(shape):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    mask = cases.flex_mask(shape, CPU)
+    wanted = create_block_mask(mask.mask_mod, None, None, *mask.seq_lengths, device="cpu")
+    for part in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+        assert torch.equal(getattr(mask, part), getattr(wanted, part)), part
+    for count, order in (("kv_num_blocks", "kv_indices"), ("full_kv_num_blocks", "full_kv_indices")):
+        for row, number in enumerate(getattr(mask, count)[0, 0].tolist()):
+            found, expected = (getattr(each, order)[0, 0, row, :number].tolist() for each in (mask, wanted))
+            assert sorted(found) == sorted(expected), (row, order)
+
+
 def unavailable(_shape, _inputs):
     import a_package_that_nobody_has
 
