@@ -20,7 +20,7 @@ from benchmarks.quality.tables import (
 )
 from linpass.errors import InputError
 
-THEMES = ("claim_1024", "claim_4096", "long", "ablations")
+THEMES = ("claim_1024", "claim_4096", "long", "designs_1024", "designs_4096", "ablations")
 SWEEPS, SPEEDS = ("rates_1024", "rates_4096", "batch_4096"), ("speed_1024", "speed_4096")
 
 
@@ -95,7 +95,7 @@ def pictures(folder: Path, found: Sequence[Finished], results: Results) -> list[
         if apart:
             drawn.append(("positions.png", lambda path: figures.draw_positions(path, apart, claims[0].theme.reference)))
     for part in found:
-        if part.runs and part.theme.evaluate and part.theme.name in (*THEMES[:3], *SWEEPS):
+        if part.runs and part.theme.evaluate and part.theme.name in (*THEMES[:-1], *SWEEPS):
             curves = [
                 (run, logs[row["key"]]) for run, row in part.runs if run.program == LINPASS and row["key"] in logs
             ]
