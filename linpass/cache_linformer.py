@@ -342,9 +342,12 @@ class LinformerCache(Cache):
         super().__init__(layers=layers)
 
     def fits(self, config: LinformerConfig) -> bool:
-        """Whether layers, slots, blocks and window are those of ``config``."""
+        """Whether layers, slots, blocks and window are those of ``config``, and heads, where there is memory."""
         wanted = [LinformerCacheLayer.sizes_for(config, layer_idx) for layer_idx in range(config.depth)]
-        return [layer.sizes for layer in self.layers] == wanted
+        if [layer.sizes for layer in self.layers] != wanted:
+            return False
+        keys, heads = self.layers[0].keys, (config.num_key_value_heads, config.head_dim)
+        return keys is None or (keys.shape[1], keys.shape[3]) == heads
 
     @property
     def has_tokens(self) -> bool:

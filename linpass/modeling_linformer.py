@@ -132,8 +132,8 @@ class LinformerModel(LinformerPreTrainedModel):
             )
         if past_key_values is not None and not past_key_values.fits(self.config):
             raise ValueError(
-                "past_key_values was made for another configuration: depth, k, block_size, seq_length and window_size "
-                "must be this model's"
+                "past_key_values was made for another configuration: depth, heads, k, block_size, seq_length and "
+                "window_size must be this model's"
             )
         if past_key_values is not None and not torch.compiler.is_compiling():
             past_key_values.make_writable()
@@ -286,10 +286,20 @@ class LinformerForCausalLM(LinformerPreTrainedModel, GenerationMixin):
                 f"cache_implementation={kind!r}: a Linformer has one cache, of constant size; leave "
                 "cache_implementation out, or give 'static' to have the steps compiled"
             )
-        self._refuse_too_many_tokens(generation_config, model_kwargs.get("attention_mask"), max_cache_length + 1)
+        mask, columns = model_kwargs.get("attention_mask"), generation_config._prompt_columns
+        # Positions are those of the mask, which transformers leaves out where it masks nothing.
+        wide = (tensor.shape[1] for tensor in (mask, model_kwargs.get("position_ids")) if tensor is not None)
+        held, given = 0 if past is None else past.get_seq_length(), max(columns, *wide, 0)
+        if held and given <= held:
+            raise ValueError(
+                f"past_key_values holds {held} tokens, the prompt with its attention_mask has {given}: generate needs at "
+                "least one more than the cache holds; a LinformerCache mixes tokens and cannot give one back"
+            )
+        self._refuse_too_many_tokens(generation_config, mask, max_cache_length + 1)
         rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
         if rows > 1 and generation_config._eos_token_tensor is not None:
-            model_kwargs["row_ends"] = (generation_config._prompt_columns, generation_config._eos_token_tensor)
+            ends = generation_config._eos_token_tensor, generation_config._pad_token_tensor
+            model_kwargs["row_ends"] = (columns, *ends)
         if past is None and generation_config.use_cache is not False:
             if kind == "static" or generation_config.compile_config is not None:
                 model_kwargs["past_key_values"] = self._cache_of_compiled_steps(generation_config, rows)
@@ -319,8 +329,10 @@ class LinformerForCausalLM(LinformerPreTrainedModel, GenerationMixin):
         inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
         generated = 0 if row_ends is None else input_ids.shape[1] - row_ends[0]
         if generated > 0:
-            ends = torch.isin(input_ids[:, -generated:], row_ends[1].to(input_ids.device))
-            filling = (ends.cumsum(-1) - ends.long()) > 0
+            written, (end, pad) = input_ids[:, -generated:], (ids.to(input_ids.device) for ids in row_ends[1:])
+            ends = torch.isin(written, end)
+            # Rows that another criterion has ended are filled, too; where padding is an end, it is found like one.
+            filling = ((ends.cumsum(-1) - ends.long()) > 0) | ((written == pad) & ~ends)
             mask = inputs.get("attention_mask")
             if mask is None:
                 mask = torch.ones_like(input_ids)

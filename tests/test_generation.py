@@ -102,6 +102,47 @@ def test_filling_enters_no_cache_of_several_samples(model):
     assert output.past_key_values.layers[0].seen.tolist() == [6 + min(count, fed) for count in real]
 
 
+def test_filling_of_a_row_that_another_criterion_ended_enters_no_cache(model):
+    """Its end is not an end-of-text: padding tells."""
+    from transformers import StoppingCriteria, StoppingCriteriaList
+
+    class FirstRowEndsEarly(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            done = torch.zeros(len(input_ids), dtype=torch.bool)
+            done[0] = input_ids.shape[1] >= 6 + 3
+            return done
+
+    ids = torch.randint(1, 50, (2, 6))
+    how = GREEDY | {"eos_token_id": 55, "pad_token_id": 0, "suppress_tokens": [0, 55]}
+    output = model.generate(
+        ids,
+        **how,
+        max_new_tokens=8,
+        return_dict_in_generate=True,
+        stopping_criteria=StoppingCriteriaList([FirstRowEndsEarly()]),
+    )
+    assert output.sequences[0, 9:].tolist() == [0] * 5
+    assert output.past_key_values.layers[0].seen.tolist() == [9, 13]
+
+
+def test_a_prompt_that_the_cache_holds_already_is_refused(model):
+    ids = torch.randint(1, 50, (2, 12))
+
+    def past():
+        with torch.no_grad():
+            return model(ids[:, :8], use_cache=True).past_key_values
+
+    embeds = model.get_input_embeddings()(ids[:, :8])
+    for prompt in ({"inputs": ids[:, :8]}, {"inputs": ids[:, :5]}, {"inputs_embeds": embeds}):
+        with pytest.raises(ValueError, match=r"past_key_values holds 8 tokens, .* at least one more"):
+            model.generate(**prompt, past_key_values=past(), **GREEDY, max_new_tokens=2)
+    whole = model.generate(ids, **GREEDY, max_new_tokens=3)
+    assert torch.equal(model.generate(ids, past_key_values=past(), **GREEDY, max_new_tokens=3), whole)
+    mask = torch.ones_like(ids)  # of the cache and what is new
+    later = model.generate(ids[:, 8:], attention_mask=mask, past_key_values=past(), **GREEDY, max_new_tokens=3)
+    assert torch.equal(later[:, -3:], whole[:, -3:])
+
+
 def test_a_mask_that_unsees_the_past_is_refused(model):
     ids = torch.randint(1, 50, (2, 12))
     past = model(ids[:, :8], use_cache=True).past_key_values
@@ -190,3 +231,17 @@ def test_pipeline(model):
     alone = [generate(prompt, **how) for prompt in prompts]
     assert [row[0]["generated_text"] for row in together] == [row[0]["generated_text"] for row in alone]
     assert len(alone[0][0]["generated_text"].split()) == 6
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"k": 4}, {"window_size": 16}, {"depth": 1}, {"heads": 1}, {"num_key_value_heads": 1}],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_a_cache_of_another_configuration_is_refused(changes, model, build, tiny_config):
+    fields = {"position_embedding": "rotary", "projection": "convolution", "projection_sharing": "none"}
+    other = build(LinformerForCausalLM, tiny_config(**fields | changes))
+    ids = torch.randint(1, 50, (2, 9))
+    past = other(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="made for another configuration: depth, heads, k"):
+        model(ids[:, :1], past_key_values=past)
