@@ -292,8 +292,8 @@ class LinformerForCausalLM(LinformerPreTrainedModel, GenerationMixin):
         held, given = 0 if past is None else past.get_seq_length(), max(columns, *wide, 0)
         if held and given <= held:
             raise ValueError(
-                f"past_key_values holds {held} tokens, the prompt with its attention_mask has {given}: generate needs at "
-                "least one more than the cache holds; a LinformerCache mixes tokens and cannot give one back"
+                f"past_key_values holds {held} tokens, the prompt with its attention_mask has {given}: generate needs "
+                "at least one more than the cache holds; a LinformerCache mixes tokens and cannot give one back"
             )
         self._refuse_too_many_tokens(generation_config, mask, max_cache_length + 1)
         rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
