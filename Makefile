@@ -59,6 +59,7 @@ bench-gpu: setup
 	$(VENV)/bin/python -m pip install --quiet --no-deps fla-core==0.6.0 einops==0.8.2 linformer==0.2.3
 	$(OFFLINE) $(VENV)/bin/python -m benchmarks.attention_gpu $(RESULT) --seconds 3000
 	$(OFFLINE) $(VENV)/bin/python -m benchmarks.attention_gpu $(RESULTS)/attention_both_ways_gpu_$(MONTH).json --bidirectional --seconds 900
+	$(OFFLINE) $(VENV)/bin/python -m benchmarks.attention_host $(RESULTS)/attention_host_gpu_$(MONTH).json
 
 bench-models: setup
 	$(OFFLINE) $(VENV)/bin/python -m benchmarks.models_gpu $(RESULTS)/models_gpu_$(MONTH).json --seconds 1500

@@ -9,12 +9,12 @@ import pytest
 import torch
 from tolerances import GRADIENT
 
-from benchmarks import attention_gpu, attention_gpu_profile, attention_gpu_report
+from benchmarks import attention_gpu, attention_gpu_profile, attention_gpu_report, attention_host
 from benchmarks import attention_gpu_bidirectional as bidirectional
 from benchmarks import attention_gpu_cases as cases
 from benchmarks import attention_gpu_gate as gate
 from benchmarks.attention_gpu_measure import Repeats, measure_errors
-from linpass import attention_linformer, kernels_linformer
+from linpass import attention_linformer, kernels_linformer, operators_linformer
 from linpass.attention_linformer import visible_slots, visible_tokens
 
 _spec = importlib.util.spec_from_file_location("figures", Path(__file__).parent.parent / "docs" / "figures.py")
@@ -22,6 +22,7 @@ figures = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(figures)
 
 CPU = torch.device("cpu")
+MIX_AND_ATTEND = kernels_linformer.mix_and_attend
 SHAPE = cases.Shape(heads=2, dim=16, tokens=96, slots=12, block=16, window=32)
 TINY = attention_gpu.Plan(
     shapes=(SHAPE, cases.Shape(8, 64, 512, 128, 32)),
@@ -305,3 +306,31 @@ def test_the_profile_of_a_call_becomes_a_table(tmp_path, capsys):
 
 def test_the_call_for_a_profile_runs():
     attention_gpu_profile.main(["--tokens", "256"])
+
+
+def test_the_processors_time_is_measured_without_starting_a_kernel(tmp_path, monkeypatch):
+    """And nothing of that stays behind."""
+    if kernels_linformer.triton is None:
+        pytest.skip("needs Triton: make setup")
+    monkeypatch.setattr(kernels_linformer, "mix_and_attend", MIX_AND_ATTEND)
+    monkeypatch.setattr(attention_host, "CALLS", 1)
+    monkeypatch.setattr(attention_host, "BATCHES", 2)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _count: None)
+    before = operators_linformer.launch, kernels_linformer.mix_and_attend_op, kernels_linformer.INTERPRETED
+    attention_host.main([str(tmp_path / "host.json")])
+    assert before == (operators_linformer.launch, kernels_linformer.mix_and_attend_op, kernels_linformer.INTERPRETED)
+    rows = json.loads((tmp_path / "host.json").read_text())["host"]
+    assert all(row["us"][0] > 0 for row in rows)
+    assert {(row["attention"], row["what"]) for row in rows if row["kernels"] == "named"} == {
+        (way, what)
+        for way in ("causal", "bidirectional")
+        for what in (
+            "both passes",
+            "forward",
+            "forward: the operator",
+            "backward",
+            "backward: the operator",
+            "a function that does nothing, both passes",
+        )
+    }
+    assert "| causal | forward: the operator | named |" in (tmp_path / "host.md").read_text()

@@ -1,0 +1,183 @@
+"""Where the processor's time goes in a call of attention: ``python -m benchmarks.attention_host RESULT.json``, seconds.
+
+Our kernels are named, with every argument that they take, but not started: what remains is Python, PyTorch's autograd
+and its dispatcher, which a lone call of few tokens waits for (docs/speed.md). It needs Triton, and no GPU; with one,
+what the kernels add when they are started is measured, too. Nothing else should run beside it.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import attention_gpu_bidirectional as bidirectional
+from benchmarks import attention_gpu_cases as cases
+from benchmarks.environment import describe
+from benchmarks.report_file import Report, command_line, machine, table
+from linpass import kernels_linformer, launch_linformer, operators_linformer
+
+CALLS, BATCHES = 200, 15
+# One row of few tokens: what is computed by PyTorch's own operators takes as little as it can.
+CAUSAL = cases.Shape(8, 64, 32, 8, 16)
+BOTH_WAYS = cases.Shape(8, 64, 32, 8, 32, window=0)
+
+
+def microseconds(call: Callable[[], object]) -> list[float]:
+    """Of one call: median, lower and upper quartile of the means of batches."""
+    for _ in range(CALLS):
+        call()
+    means = []
+    for _ in range(BATCHES):
+        began = time.perf_counter()
+        for _ in range(CALLS):
+            call()
+        means.append((time.perf_counter() - began) / CALLS * 1e6)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    low, middle, high = statistics.quantiles(means, n=4)
+    return [round(value, 1) for value in (middle, low, high)]
+
+
+class Recorder:
+    """Operators of a module, with the arguments of their last call."""
+
+    def __init__(self, names: tuple[str, ...]):
+        self.arguments: dict[str, tuple] = {}
+        self.operators = {name: getattr(kernels_linformer, name) for name in names}
+
+    def __enter__(self) -> "Recorder":
+        for name, operator in self.operators.items():
+            setattr(kernels_linformer, name, self._recording(name, operator))
+        return self
+
+    def __exit__(self, *_error: Any) -> None:
+        for name, operator in self.operators.items():
+            setattr(kernels_linformer, name, operator)
+
+    def _recording(self, name: str, operator: Callable) -> Callable:
+        def record(*arguments: Any) -> Any:
+            self.arguments[name] = tuple([a.detach() if isinstance(a, Tensor) else a for a in arguments])
+            return operator(*arguments)
+
+        return record
+
+
+class Nothing(torch.autograd.Function):
+    """As many arguments and saved tensors as ours; computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        ctx.save_for_backward(*(argument for argument in arguments if isinstance(argument, Tensor)))
+        return arguments[0].view_as(arguments[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        saved = iter(ctx.saved_tensors)
+        return tuple([next(saved) if needed else None for needed in ctx.needs_input_grad])
+
+
+def name_only(kernel: Any, grid: tuple, tile: Any, tensors: tuple, numbers: tuple) -> None:
+    """:func:`launch_linformer.launch` up to where a compiled kernel is started."""
+    device, together = tensors[0].device, 0
+    addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    for address in addresses:
+        if address is not None:
+            together |= address
+    dtypes = tuple([None if tensor is None else tensor.dtype for tensor in tensors])
+    launch_linformer.STARTERS.get((id(kernel), device, grid, tile, dtypes, numbers))
+
+
+def calls_of(shape: cases.Shape, build: Callable, operators: tuple[str, str]) -> dict[str, Callable[[], object]]:
+    """What is timed, by name; ``operators`` are those of the forward and of the backward pass."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    attention = build(shape, cases.make_inputs(shape, 1, device))
+    leaves = [leaf.detach().requires_grad_() for leaf in attention.leaves]
+    gradient = torch.randn_like(attention.leaves[0])
+
+    def forward() -> Tensor:
+        return attention.forward(*leaves)
+
+    def both() -> object:
+        return torch.autograd.grad(forward(), leaves, gradient)
+
+    def nothing() -> object:
+        return torch.autograd.grad(Nothing.apply(*leaves, None, None, None, None, None, None), leaves, gradient)
+
+    with Recorder(operators) as recorder:
+        both()
+    first, second = ((recorder.operators[name], recorder.arguments[name]) for name in operators)
+    output = forward()
+    return {
+        "both passes": both,
+        "forward": forward,
+        "forward: the operator": lambda: first[0](*first[1]),
+        "backward": lambda: torch.autograd.grad(output, leaves, gradient, retain_graph=True),
+        "backward: the operator": lambda: second[0](*second[1]),
+        "a function that does nothing, both passes": nothing,
+    }
+
+
+def measure(report: Report, started: bool) -> None:
+    ways = {
+        "causal": (CAUSAL, cases.OURS.build, ("mix_and_attend_op", "mix_and_attend_backward_op")),
+        "bidirectional": (
+            BOTH_WAYS,
+            bidirectional.OURS.build,
+            ("mix_sequence_and_attend_op", "mix_sequence_and_attend_backward_op"),
+        ),
+    }
+    for way, arguments in ways.items():
+        for what, call in calls_of(*arguments).items():
+            names = {"attention": way, "what": what, "kernels": "started" if started else "named"}
+            report.add("host", names, lambda call=call: {"us": microseconds(call)})
+
+
+def line(row: dict) -> str:
+    return f"{row['attention']}, {row['what']}, kernels {row['kernels']}: {row.get('us', row.get('failed'))} µs"
+
+
+def page(result: dict) -> str:
+    where = result["environment"]
+    body = [[r["attention"], r["what"], r["kernels"], r.get("us", [r.get("failed")])[0]] for r in result["host"]]
+    text = [
+        f"# What a call of attention costs the processor, {where['date']}",
+        "",
+        f"{machine(where)}; Python {where['python']}, torch {where['torch']}, linpass {where['linpass']} "
+        f"({where['commit']}). Command: `{where['command']}`.",
+        "",
+        f"Microseconds of a call of one row of {CAUSAL.tokens} tokens, 8 heads of 64: median of {BATCHES} batches of "
+        f"{CALLS}. Kernels are *named*, with all their arguments, and not started, or *started*; six products of "
+        "matrices of the bidirectional call are PyTorch's, and computed.",
+        *table(["attention", "what", "kernels", "µs"], body),
+    ]
+    return "\n".join(text) + "\n"
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Where the processor's time goes in a call of attention.")
+    parser.add_argument("result", type=Path, help="JSON file to write; the table goes beside it, with .md")
+    arguments = parser.parse_args(words)
+    if kernels_linformer.triton is None:
+        parser.error("needs Triton: without it PyTorch's way would be measured under the kernels' name")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    environment = describe() | {"command": command_line("benchmarks.attention_host", words)}
+    report = Report(arguments.result, 3600, "attention_host", environment, ("host",), line)
+    if torch.cuda.is_available():
+        measure(report, started=True)
+    launch, interpreted = operators_linformer.launch, kernels_linformer.INTERPRETED
+    operators_linformer.launch, kernels_linformer.INTERPRETED = name_only, True
+    try:
+        measure(report, started=False)
+    finally:
+        operators_linformer.launch, kernels_linformer.INTERPRETED = launch, interpreted
+    report.close(page)
+
+
+if __name__ == "__main__":
+    main()
