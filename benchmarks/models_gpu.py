@@ -137,6 +137,7 @@ def describe(device: torch.device, plan: Plan, command: str) -> dict:
         "rounds": plan.rounds.rounds,
         "calls": plan.rounds.calls,
         "prefill_calls": plan.prefill_rounds.rounds * plan.prefill_rounds.calls,
+        "rivals_masks": "none",
         "command": command,
     }
 
@@ -147,8 +148,9 @@ def run(
     """All parts of the plan; writes RESULT.json and RESULT.md, and returns the result."""
     report = Report(path, seconds, "models_gpu", describe(device, plan, command), PARTS, line, done)
     measure = {"training": train_causal, "prefill": prefill, "encoder": train_encoder}
-    for part in (part for part in PARTS if part in plan.parts):
-        measure[part](report, plan, device)
+    with cases.without_masks():
+        for part in (part for part in PARTS if part in plan.parts):
+            measure[part](report, plan, device)
     return report.close(page)
 
 

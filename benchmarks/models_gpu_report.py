@@ -108,6 +108,13 @@ def summary(result: dict) -> dict:
     }
 
 
+WITH_MASKS = (
+    "**The compiled rivals of this run are slower than they need be**: compiled, transformers' models form a mask of n "
+    "× n, which keeps PyTorch's attention from its causal kernels, and BERT's from all that are fused. *Full "
+    "attention, same class* has none. Newer runs leave the masks out."
+)
+
+
 def page(result: dict) -> str:
     """All tables, as Markdown."""
     where = result["environment"]
@@ -124,6 +131,8 @@ def page(result: dict) -> str:
         f"length and mode are timed in turns; medians [quartiles] of {where['rounds']} × {where['calls']} calls, "
         f"prefill {where['prefill_calls']}; of five or more where they take more than 3 s together.",
     ]
+    if not where.get("rivals_masks"):
+        lines += ["", WITH_MASKS]
     for section, title in (("training", "Training"), ("encoder", "Training of the encoder")):
         lines += training_tables(result, section, title)
     lines += [*prefill_table(result), *profile_tables(all_rows(result), line), *notes(result)]

@@ -112,7 +112,10 @@ def _line(axes, rows: list[dict], batch: int, name: str, value, **style) -> None
 
 def _title(figure, result: dict, text: str) -> None:
     where = result["environment"]
-    figure.suptitle(f"{text}; {where['hardware']}, torch {where['torch'].split('+')[0]}", fontsize=10)
+    text = f"{text}; {where['hardware']}, torch {where['torch'].split('+')[0]}"
+    if result["theme"] == "models_gpu" and not where.get("rivals_masks"):
+        text += "\nGPT-2 and Llama, compiled, form a mask of n × n here, which slows their attention"
+    figure.suptitle(text, fontsize=10)
 
 
 if __name__ == "__main__":

@@ -188,7 +188,7 @@ def attend_next_token(
         memory: tensors of a ``LinformerCacheLayer``: ``keys, values, slot_keys, slot_values, block_keys, block_values,
             arrived``, changed in place.
         weights: mixing weights of keys and of values, [X, C, P, R]; None without slots.
-        index_B1: index of the token in its row; of a masked one any number.
+        index_B1: index of the token in its row; of a masked one any number from 0 on.
         keep_B1: rows whose token is real; others change nothing and get what has no meaning. None: all.
         angles, slot_angles: cos and sin of the token, [B or 1, 1, 1, D], and of the slots of its block, [B or 1, 1, R,
             D]; None where positions are not rotary.

@@ -197,6 +197,28 @@ def test_models_have_equal_parameters():
     assert counts[cases.BOUND] == counts[cases.FULL] == counts[cases.OURS] - mixing
 
 
+@pytest.mark.filterwarnings("ignore:::torch", "ignore:.*should not be instantiated:DeprecationWarning")  # of torch
+@pytest.mark.parametrize("name", ["Llama", "GPT-2", "BERT"])
+def test_compiled_rivals_attend_without_a_mask(name):
+    """With one they would not reach PyTorch's causal kernels, and the comparison would be with the mask."""
+    from benchmarks.models_gpu_cases import CAUSAL, MASKED_LM, training_step
+
+    config = cases.config_for(cases.Size(32, 1, 2, 384), 64, 16, 16, window_size=32, causal=name != "BERT")
+    asked = []
+
+    def looking(graph, _inputs):
+        for node in graph.graph.nodes:
+            if "scaled_dot_product_attention" in str(node.target):
+                asked.append((node.kwargs.get("attn_mask"), bool(node.kwargs.get("is_causal"))))
+        return graph.forward
+
+    build = (CAUSAL | MASKED_LM)[name]
+    torch.compiler.reset()
+    with cases.without_masks():
+        training_step(build, config, 128, torch.device("cpu"), {"backend": looking}).call()
+    assert asked == [(None, name != "BERT")]
+
+
 def test_a_gpt2_of_long_rows_is_equal_without_its_table_of_positions():
     config = cases.config_for(models_gpu.SMOKE.size, 4096, 16, 256, window_size=256)
     model = cases.gpt2(config)
