@@ -11,7 +11,7 @@ printed is a summary in JSON. A variant that cannot run has the reason in its ro
 import argparse
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +38,7 @@ GATED = {cases.OURS.name: kernels_linformer, cases.OURS_IN_PYTORCH.name: attenti
 LONGEST_GRAPH = 65536
 ROW_SECONDS = 300  # chunk_gsa, the last of the rivals, tries some hundred kernels before its first row
 SECTIONS = ("gate", "timing", "graphs")
+Group = Sequence[cases.Variant]
 
 
 class Plan(NamedTuple):
@@ -124,53 +125,53 @@ def time_all(report: Report, plan: Plan, red: set[str], device: torch.device) ->
     the rows with a target.
     """
     compared, *others = plan.variants
+    others = [variant for group in others for variant in group]
     for width in dict.fromkeys((shape.heads, shape.dim) for shape in plan.shapes):
         shapes = [shape for shape in plan.shapes if (shape.heads, shape.dim) == width]
         time_group(report, plan, compared, shapes, red, device)
-        if "graphs" in plan.parts and device.type == "cuda":
-            plain = (variant for group in others for variant in group if variant.name in GATED)
-            replay_all(report, plan, (*compared[:2], *plain), shapes, red, device)
+        plain = [variant for variant in others if variant.name in GATED]
+        replay_group(report, plan, (*compared[:2], *plain), shapes, red, device)
     for has_target in (True, False):
         shapes = [shape for shape in plan.shapes if shape.has_target == has_target]
-        for variant in (variant for group in others for variant in group):
+        for variant in others:
             time_group(report, plan, (variant,), shapes, red, device)
-            if has_target and variant.name not in GATED and "graphs" in plan.parts and device.type == "cuda":
-                replay_all(report, plan, (variant,), shapes, red, device)
+            if has_target and variant.name not in GATED:
+                replay_group(report, plan, (variant,), shapes, red, device)
 
 
 def time_group(
-    report: Report,
-    plan: Plan,
-    group: Sequence[cases.Variant],
-    shapes: Sequence[cases.Shape],
-    red: set[str],
-    device: torch.device,
+    report: Report, plan: Plan, group: Group, shapes: Sequence[cases.Shape], red: set[str], device: torch.device
 ) -> None:
-    """Shape by shape, all of the group on the same tensors."""
-    for shape in shapes if "timing" in plan.parts else ():
-        variants = [variant for variant in group if variant.name not in red]
-        inputs = inputs_for(shape, plan, device) if variants and not report.is_over() else []
-        for variant in variants:
+    """With the time to launch."""
+    if "timing" in plan.parts:
+        for variant, shape, inputs in in_turns(report, plan, group, shapes, red, device):
             time_one(report, plan, variant, shape, inputs)
 
 
-def replay_all(
-    report: Report,
-    plan: Plan,
-    variants: Sequence[cases.Variant],
-    shapes: Sequence[cases.Shape],
-    red: set[str],
-    device: torch.device,
+def replay_group(
+    report: Report, plan: Plan, group: Group, shapes: Sequence[cases.Shape], red: set[str], device: torch.device
 ) -> None:
-    """Without the time to launch, up to LONGEST_GRAPH tokens."""
-    for shape in (shape for shape in shapes if shape.tokens <= LONGEST_GRAPH):
-        inputs = inputs_for(shape, plan, device)
-        for variant in (each for each in variants if each.name not in red):
+    """Without it, up to LONGEST_GRAPH tokens."""
+    if "graphs" not in plan.parts or device.type != "cuda":
+        return
+    short = [shape for shape in shapes if shape.tokens <= LONGEST_GRAPH]
+    for variant, shape, inputs in in_turns(report, plan, group, short, red, device):
 
-            def compute(build=variant.build, shape=shape, inputs=inputs) -> dict:
-                return measure_graph(build(shape, inputs), device, plan.repeats)
+        def compute(build=variant.build, shape=shape, inputs=inputs) -> dict:
+            return measure_graph(build(shape, inputs), device, plan.repeats)
 
-            report.add("graphs", shape.named() | {"variant": variant.name}, compute)
+        report.add("graphs", shape.named() | {"variant": variant.name}, compute)
+
+
+def in_turns(
+    report: Report, plan: Plan, group: Group, shapes: Sequence[cases.Shape], red: set[str], device: torch.device
+) -> Iterator[tuple[cases.Variant, cases.Shape, list[torch.Tensor]]]:
+    """Shape by shape, all of the group that are not red, on the same tensors; none are made when the time is over."""
+    variants = [variant for variant in group if variant.name not in red]
+    for shape in shapes if variants else ():
+        inputs = [] if report.is_over() else inputs_for(shape, plan, device)
+        for variant in variants:
+            yield variant, shape, inputs
 
 
 def inputs_for(shape: cases.Shape, plan: Plan, device: torch.device) -> list[torch.Tensor]:

@@ -8,9 +8,11 @@ what the kernels add when they are started is measured, too. Nothing else should
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -43,28 +45,21 @@ def microseconds(call: Callable[[], object]) -> list[float]:
     return [round(value, 1) for value in (middle, low, high)]
 
 
-class Recorder:
-    """Operators of a module, with the arguments of their last call."""
+@contextmanager
+def recorded(names: Sequence[str]) -> Iterator[dict[str, tuple]]:
+    """The arguments of the last call of each of these operators."""
+    arguments: dict[str, tuple] = {}
 
-    def __init__(self, names: tuple[str, ...]):
-        self.arguments: dict[str, tuple] = {}
-        self.operators = {name: getattr(kernels_linformer, name) for name in names}
-
-    def __enter__(self) -> "Recorder":
-        for name, operator in self.operators.items():
-            setattr(kernels_linformer, name, self._recording(name, operator))
-        return self
-
-    def __exit__(self, *_error: Any) -> None:
-        for name, operator in self.operators.items():
-            setattr(kernels_linformer, name, operator)
-
-    def _recording(self, name: str, operator: Callable) -> Callable:
-        def record(*arguments: Any) -> Any:
-            self.arguments[name] = tuple([a.detach() if isinstance(a, Tensor) else a for a in arguments])
-            return operator(*arguments)
+    def recording(name: str, operator: Callable) -> Callable:
+        def record(*given: Any) -> Any:
+            arguments[name] = tuple([each.detach() if isinstance(each, Tensor) else each for each in given])
+            return operator(*given)
 
         return record
+
+    recorders = {name: recording(name, getattr(kernels_linformer, name)) for name in names}
+    with mock.patch.multiple(kernels_linformer, **recorders):
+        yield arguments
 
 
 class Nothing(torch.autograd.Function):
@@ -108,9 +103,9 @@ def calls_of(shape: cases.Shape, build: Callable, operators: tuple[str, str]) ->
     def nothing() -> object:
         return torch.autograd.grad(Nothing.apply(*leaves, None, None, None, None, None, None), leaves, gradient)
 
-    with Recorder(operators) as recorder:
+    with recorded(operators) as arguments:
         both()
-    first, second = ((recorder.operators[name], recorder.arguments[name]) for name in operators)
+    first, second = ((getattr(kernels_linformer, name), arguments[name]) for name in operators)
     output = forward()
     return {
         "both passes": both,
@@ -170,12 +165,9 @@ def main(words: list[str] | None = None) -> None:
     report = Report(arguments.result, 3600, "attention_host", environment, ("host",), line)
     if torch.cuda.is_available():
         measure(report, started=True)
-    launch, interpreted = operators_linformer.launch, kernels_linformer.INTERPRETED
-    operators_linformer.launch, kernels_linformer.INTERPRETED = name_only, True
-    try:
+    named = mock.patch.object(operators_linformer, "launch", name_only)
+    with named, mock.patch.object(kernels_linformer, "INTERPRETED", True):
         measure(report, started=False)
-    finally:
-        operators_linformer.launch, kernels_linformer.INTERPRETED = launch, interpreted
     report.close(page)
 
 

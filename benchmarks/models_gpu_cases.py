@@ -7,11 +7,12 @@ table of positions alone is too large for that.
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -111,16 +112,15 @@ def without_masks() -> Iterator[None]:
     Compiled they form one of n × n for every row, which keeps PyTorch's attention from its causal kernels, and BERT's
     of transformers 5.17 from all that are fused: twice to three times the time of attention.
     """
-    names, kept = ("create_causal_mask", "create_bidirectional_mask"), []
-    for module in (modeling_llama, modeling_gpt2, modeling_bert):
-        for name in (name for name in names if hasattr(module, name)):
-            kept.append((module, name, getattr(module, name)))
-            setattr(module, name, lambda *_arguments, **_names: None)
-    try:
+
+    def no_mask(*_arguments: Any, **_names: Any) -> None:
+        return None
+
+    with ExitStack() as patches:
+        for module in (modeling_llama, modeling_gpt2, modeling_bert):
+            for name in {"create_causal_mask", "create_bidirectional_mask"} & vars(module).keys():
+                patches.enter_context(mock.patch.object(module, name, no_mask))
         yield
-    finally:
-        for module, name, function in kept:
-            setattr(module, name, function)
 
 
 class BertBody(nn.Module):

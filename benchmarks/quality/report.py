@@ -95,7 +95,7 @@ def pictures(folder: Path, found: Sequence[Finished], results: Results) -> list[
         if apart:
             drawn.append(("positions.png", lambda path: figures.draw_positions(path, apart, claims[0].theme.reference)))
     for part in found:
-        if part.runs and part.theme.evaluate and part.theme.name in (*THEMES[:-1], *SWEEPS):
+        if part.runs and part.theme.name in (*SWEEPS, *THEMES) and part.theme.name != "ablations":
             curves = [
                 (run, logs[row["key"]]) for run, row in part.runs if run.program == LINPASS and row["key"] in logs
             ]
