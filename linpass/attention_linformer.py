@@ -223,6 +223,35 @@ def rotate(states_BHND: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     return (states_BHND * cos + torch.cat((-right, left), -1) * sin).to(states_BHND.dtype)
 
 
+def normalise_and_rotate(
+    query_BTHD: Tensor,
+    key_BTGD: Tensor,
+    eps: float | None,
+    angles: tuple[Tensor, Tensor] | None,
+    rotates_key: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Queries and keys as attention takes them: each head :math:`x / \sqrt{\mathrm{mean}(x^2) + \epsilon}`, turned.
+
+    The norm, without weights, is after Henry et al. 2020 (arXiv:2010.04245).
+
+    Args:
+        query_BTHD, key_BTGD: as the projections give them.
+        eps: of the norm; None: no norm.
+        angles: of :func:`rotary_angles`; None: nothing is turned.
+        rotates_key: whether rotated keys are wanted.
+
+    Returns: queries, rotated, [B, H, T, D]; keys, [B, G, T, D]; and keys rotated, the same tensor where they are not.
+    """
+    if eps is not None:  # before heads and tokens change places: norms copy what is not contiguous
+        query_BTHD, key_BTGD = (
+            F.rms_norm(states, states.shape[-1:], eps=eps).to(states.dtype) for states in (query_BTHD, key_BTGD)
+        )
+    query, key = query_BTHD.transpose(1, 2), key_BTGD.transpose(1, 2)
+    if angles is None:
+        return query, key, key
+    return rotate(query, angles), key, rotate(key, angles) if rotates_key else key
+
+
 def mix_blocks(states_BGND: Tensor, weight_XCPR: Tensor, block_BC: Tensor | None = None) -> Tensor:
     r"""Slots of the complete blocks, :math:`\tilde K_c = E_c^\top K_c`, as [B, G, C * R, D].
 

@@ -55,25 +55,33 @@ class LinformerCacheLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Memory for batch, heads, dtype and device of ``key_states`` [B, G, *, D], unless it is there already."""
-        batch, heads, _, dim = key_states.shape
-        wanted = (batch, heads, self.window_size, dim), key_states.dtype, key_states.device
-        if self.keys is None or (self.keys.shape, self.keys.dtype, self.keys.device) != wanted:
-            self.allocate(batch, heads, dim, key_states.dtype, key_states.device)
+        if not self._has_memory_for(key_states):
+            self._allocate_like(key_states)
         self.is_initialized = True
 
-    def allocate(self, batch: int, heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    def _has_memory_for(self, key_states: Tensor) -> bool:
+        batch, heads, _, dim = key_states.shape
+        wanted = (batch, heads, self.window_size, dim), key_states.dtype, key_states.device
+        return self.keys is not None and (self.keys.shape, self.keys.dtype, self.keys.device) == wanted
+
+    def _allocate_like(self, key_states: Tensor, **given: Tensor) -> None:
+        batch, heads, _, dim = key_states.shape
+        self.allocate(batch, heads, dim, key_states.dtype, key_states.device, **given)
+
+    def allocate(
+        self, batch: int, heads: int, dim: int, dtype: torch.dtype, device: torch.device, **given: Tensor
+    ) -> None:
         """Memory, before the first token: a compiled prompt finds tensors whose addresses are known.
 
         Ring and slots hold nothing yet, whatever was there before: a prompt writes the whole of them. Sums and counters
-        are zero.
+        are zero. ``given`` are tensors to keep for ring or slots, in place of memory for them.
         """
         self.dtype, self.device, self.is_initialized = dtype, device, False
-        self.keys, self.values = (
-            torch.empty(batch, heads, self.window_size, dim, dtype=dtype, device=device) for _ in range(2)
-        )
-        self.slot_keys, self.slot_values = (
-            torch.empty(batch, heads, self.slots, dim, dtype=dtype, device=device) for _ in range(2)
-        )
+        rows = {"keys": self.window_size, "values": self.window_size}
+        for name, count in (rows | {"slot_keys": self.slots, "slot_values": self.slots}).items():
+            kept = given.get(name)
+            kept = torch.empty(batch, heads, count, dim, dtype=dtype, device=device) if kept is None else kept
+            setattr(self, name, kept.to(dtype))
         sums_in = torch.promote_types(dtype, torch.float32)
         self.block_keys, self.block_values = (
             torch.zeros(batch, heads, self.slots_per_block, dim, dtype=sums_in, device=device) for _ in range(2)
@@ -202,15 +210,22 @@ class LinformerCacheLayer(CacheLayerMixin):
             block_keys, block_values: sums of the block under way, [B, G, R, D]; None where no row has any.
         """
         slots_B = None if grid.total_B is None else grid.total_B // self.block_size * self.slots_per_block
-        self._write(
-            keys=_ring_of(key_BGND, self.window_size, grid.total_B),
-            values=_ring_of(value_BGND, self.window_size, grid.total_B),
-        )
+        newest = {
+            "keys": _ring_of(key_BGND, self.window_size, grid.total_B),
+            "values": _ring_of(value_BGND, self.window_size, grid.total_B),
+        }
         if self.slots:
-            self._write(
-                slot_keys=_ring_of(slot_keys, self.slots, slots_B),
-                slot_values=_ring_of(slot_values, self.slots, slots_B),
-            )
+            newest["slot_keys"] = _ring_of(slot_keys, self.slots, slots_B)
+            newest["slot_values"] = _ring_of(slot_values, self.slots, slots_B)
+        has_memory = self.is_compileable or self._has_memory_for(key_BGND)
+        if torch.is_grad_enabled() or not has_memory:
+            newest = {name: _on_its_own(states) for name, states in newest.items()}
+        if has_memory:
+            self.lazy_initialization(key_BGND, value_BGND)
+            self._write(**newest)
+        else:
+            self._allocate_like(key_BGND, **newest)
+            self.is_initialized = True
         if block_keys is not None and block_values is not None:
             self._write(block_keys=block_keys, block_values=block_values)
 
@@ -385,16 +400,25 @@ class LinformerCache(Cache):
         return sum(getattr(layer, name).nbytes for layer in layers for name in layer._tensors)
 
 
+def _on_its_own(states: Tensor) -> Tensor:
+    """In memory that holds nothing else, that nobody else has, and that no gradient needs as it is.
+
+    Of a view nobody knows who else has what it views; in inference mode not even whether it is one.
+    """
+    is_free = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or states.is_inference())
+    if is_free and not states._is_view() and states.is_contiguous():
+        return states
+    return states.clone(memory_format=torch.contiguous_format)
+
+
 def _ring_of(states_BGND: Tensor, size: int, count_B: Tensor | None) -> Tensor:
     """The last ``size`` rows, row i at place i % size, zeros where there is none; of ``count_B`` rows, None: of all."""
     rows = states_BGND.shape[2]
     if count_B is None or not rows:
-        newest = states_BGND[:, :, max(0, rows - size) :]
+        newest = states_BGND if rows <= size else states_BGND[:, :, rows - size :]
         if rows < size:
             return torch.nn.functional.pad(newest, (0, 0, 0, size - rows))
-        if rows % size == 0 and not torch.is_grad_enabled():  # it is copied into memory; of a gradient it is the memory
-            return newest
-        return newest.roll(rows % size, 2)
+        return newest.roll(rows % size, 2) if rows % size else newest
     row_BS = _newest(count_B, size)
     held = _read_rows(states_BGND, row_BS.clamp(0, rows - 1))
     return held.masked_fill((row_BS < 0)[:, None, :, None], 0)

@@ -39,6 +39,8 @@ from .operators_linformer import (
     mix_and_attend_op,
     mix_sequence_and_attend_backward_op,
     mix_sequence_and_attend_op,
+    normalise_and_rotate_backward_op,
+    normalise_and_rotate_op,
     rotary_angles_op,
     slots_tile,
 )
@@ -218,6 +220,30 @@ def rotary_angles(position_BN: Tensor, dim: int, base: float, dtype: torch.dtype
     return rotary_angles_op(position_BN, dim, base, dtype)
 
 
+def normalise_and_rotate(
+    query_BTHD: Tensor,
+    key_BTGD: Tensor,
+    eps: float | None,
+    angles: tuple[Tensor, Tensor] | None,
+    rotates_key: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`attention_linformer.normalise_and_rotate`, in one launch each way where :func:`_fits`.
+
+    torch.compile, which joins PyTorch's functions with what stands beside them, is left those.
+
+    Cost: every number read once, and once more from a cache, and written once; memory O(B·T·(H + G)·D).
+    """
+    states = query, key = query_BTHD.transpose(1, 2), key_BTGD.transpose(1, 2)
+    known = query.dtype == key.dtype and (angles is None or angles[0].shape[-2] >= query.shape[2])
+    nothing = eps is None and angles is None
+    if nothing or not known or torch.compiler.is_compiling() or not _fits(states, NO_BLOCKS):
+        return plain.normalise_and_rotate(query_BTHD, key_BTGD, eps, angles, rotates_key)
+    rotates_key = rotates_key and angles is not None
+    query, normal, rotated = _NormaliseAndRotate.apply(query, key, *(angles or (None, None)), eps, rotates_key)
+    key = key if eps is None else normal
+    return query, key, rotated if rotates_key else key
+
+
 def _fits(tensors: tuple[Tensor, ...], layout: BlockLayout) -> bool:
     """Triton, an NVIDIA GPU with bfloat16 (Ampere, 2020, or later), 16 to 256 features in at most 32 bits.
 
@@ -373,3 +399,27 @@ class _MixSequenceAndAttend(torch.autograd.Function):
         )
         grad_weights = (grad_key_weight, grad_value_weight) if needs_weight else (None, None)
         return *states, *grad_weights, None, None
+
+
+class _NormaliseAndRotate(torch.autograd.Function):
+    """Keeps the inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, query, key, cos, sin, eps, rotates_key):
+        ctx.save_for_backward(query, key, cos, sin)
+        ctx.eps = eps
+        ctx.set_materialize_grads(False)
+        results = normalise_and_rotate_op(query, key, cos, sin, eps, rotates_key)
+        of_query, of_key = ctx.needs_input_grad[:2]
+        ctx.mark_non_differentiable(*(() if of_query else results[:1]), *(() if of_key else results[1:]))
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_query, grad_key, grad_rotated):
+        query, key, cos, sin = ctx.saved_tensors
+        of_query, of_key = grad_query is not None, grad_key is not None or grad_rotated is not None
+        if not of_query:
+            grad_query = torch.zeros_like(query)
+        found = normalise_and_rotate_backward_op(grad_query, grad_key, grad_rotated, query, key, cos, sin, ctx.eps)
+        return found[0] if of_query else None, found[1] if of_key else None, None, None, None, None

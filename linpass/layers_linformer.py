@@ -37,6 +37,7 @@ from .kernels_linformer import (
     mix_and_attend,
     mix_and_attend_with_slots,
     mix_sequence_and_attend,
+    normalise_and_rotate,
 )
 
 
@@ -219,38 +220,34 @@ class LinformerAttention(nn.Module):
         hidden_states = grid.place(hidden_states)
         query = self.q_proj(hidden_states).unflatten(-1, (self.heads, self.head_dim))
         key = self.k_proj(hidden_states).unflatten(-1, (self.key_value_heads, self.head_dim))
-        value = self.v_proj(hidden_states).unflatten(-1, (self.key_value_heads, self.head_dim))
-        if self.config.qk_norm:  # before heads and tokens change places: norms copy what is not contiguous
-            query, key = (states.to(value.dtype) for states in self._normalise(query, key))
-        query, key, value = (states.transpose(1, 2) for states in (query, key, value))
+        value = self.v_proj(hidden_states).unflatten(-1, (self.key_value_heads, self.head_dim)).transpose(1, 2)
         weights = shared_weights if self.projection is None else self.projection(hidden_states)
         slot_angles = slot_angles.get(self.k)
         cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         one_token = cache is not None and cache.is_initialized and grid.columns == 1
-        if angles is not None and not one_token:  # which is turned in its kernel
-            query = rotate(query, angles)
+        here = None if one_token else angles  # one token is turned in its kernel
+        query, key, rotated = self._normalise_and_rotate(query, key, here)
         if one_token:
             output = self._attend_one_token(query, key, value, weights, grid, angles, slot_angles, cache)
             probabilities = None
         elif not self.is_causal:
-            output, probabilities = self._attend_both_ways(query, key, value, weights, grid, angles, slot_angles)
+            output, probabilities = self._attend_both_ways(query, key, rotated, value, weights, grid, slot_angles)
         else:
-            output, probabilities = self._attend_before(query, key, value, weights, grid, angles, slot_angles, cache)
+            output, probabilities = self._attend_before(query, key, rotated, value, weights, grid, slot_angles, cache)
         return self.o_proj(grid.restore(output.transpose(1, 2).flatten(2))), probabilities
 
-    def _normalise(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, T, H, D], each head by the root of its mean square (after Henry et al. 2020, arXiv:2010.04245)."""
-        size, eps = (self.head_dim,), self.config.norm_eps
-        return F.rms_norm(query, size, eps=eps), F.rms_norm(key, size, eps=eps)
+    def _normalise_and_rotate(self, query, key, angles):
+        """Queries, keys as they are mixed, and keys as queries see them; an encoder's slots alone are seen."""
+        eps = self.config.norm_eps if self.config.qk_norm else None
+        return normalise_and_rotate(query, key, eps, angles, rotates_key=self.is_causal or not self.k)
 
-    def _attend_both_ways(self, query, key, value, weights, grid, angles, slot_angles):
+    def _attend_both_ways(self, query, key, rotated, value, weights, grid, slot_angles):
         """Section 4 of the paper: all queries, k slots that mix the whole row; k = 0 is full attention."""
         if not self.k:
-            keys = key if angles is None else rotate(key, angles)
             visible = None if grid.keep_BN is None else grid.keep_BN[:, None, None]
             if visible is not None:  # a row without tokens looks at column 0: its output is meaningless, not NaN
                 visible = visible | (torch.arange(visible.shape[-1], device=visible.device) == 0)
-            return self._through_interface(query, keys, value, visible, grid, is_causal=False)
+            return self._through_interface(query, rotated, value, visible, grid, is_causal=False)
         if self.config.projection == "learned":
             weights = tuple([weight.squeeze(1) for weight in weights])
             if self.config._attn_implementation == "sdpa":
@@ -297,13 +294,12 @@ class LinformerAttention(nn.Module):
             mixed = [states * (stride / held.clamp(min=1).to(states.dtype))[:, None, :, None] for states in mixed]
         return *mixed, None if grid.total_B is None else (held > 0).sum(-1).clamp(min=1)
 
-    def _attend_before(self, query, key, value, weights, grid, angles, slot_angles, cache):
+    def _attend_before(self, query, key, rotated, value, weights, grid, slot_angles, cache):
         """Causal: tokens of this call, after those in the cache, if any."""
         layout, continues = self.layout, cache is not None and cache.is_initialized
         eager = self.config._attn_implementation == "eager"
         blocks = grid.block_numbers(layout.block_size)
-        rotated = key if angles is None else rotate(key, angles)
-        arguments = (query, key, value, weights, layout, None if angles is None else rotated)
+        arguments = (query, key, value, weights, layout, None if rotated is key else rotated)
         arguments += (slot_angles, blocks, grid.first_block_BC)
         if self.k and cache is None and not eager:
             return mix_and_attend(*arguments), None
@@ -348,7 +344,6 @@ class LinformerAttention(nn.Module):
 
     def _write_prompt(self, cache, grid, key, rotated, value, weights, slot_key, slot_value):
         """The first tokens of every row, and what there is of the blocks that they leave under way."""
-        cache.lazy_initialization(key, value)
         sums = [None, None]
         if self.k and (grid.total_B is not None or grid.columns % self.layout.block_size):
             with exact(key.device):

@@ -78,6 +78,116 @@ if triton is not None:
         tl.store(sin + out + DIM // 2, sine, mask=inside)
 
     @triton.jit
+    def _with_norm(states, eps, NORM: tl.constexpr, DIM: tl.constexpr):
+        """Rows in float32, and one over the root of each row's mean square; 1 without NORM."""
+        states = states.to(tl.float32)
+        if NORM:
+            return states, tl.rsqrt(tl.sum(states * states, 1) / DIM + eps)[:, None]
+        else:
+            return states, 1.0
+
+    @kernel
+    def normalise_and_rotate_kernel(
+        query, key, cos, sin, query_out, key_out, rotated,
+        query_strides, key_strides, query_out_strides, key_out_strides, angle_stride,
+        N, heads, eps,
+        NORM: tl.constexpr, TURN: tl.constexpr, TURN_KEY: tl.constexpr,
+        DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
+    ):
+        """`normalise_and_rotate` of attention_linformer; the heads of a grid are those of queries, then of keys."""
+        start = tl.program_id(0) * ROWS
+        head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)  # heads may lie far apart
+        if TURN:
+            cos += batch * angle_stride
+            sin += batch * angle_stride
+        if head < heads:
+            query += batch * query_strides[0] + head * query_strides[1]
+            query_out += batch * query_out_strides[0] + head * query_out_strides[1]
+            _normalise_and_rotate_rows(
+                query, query_strides[2], query_out, query_out, query_out_strides[2], cos, sin, start, N, eps,
+                NORM, TURN, not TURN, DIM, PADDED, ROWS)
+        else:
+            key += batch * key_strides[0] + (head - heads) * key_strides[1]
+            at = batch * key_out_strides[0] + (head - heads) * key_out_strides[1]
+            _normalise_and_rotate_rows(
+                key, key_strides[2], key_out + at if NORM else key, rotated + at if TURN_KEY else key,
+                key_out_strides[2], cos, sin, start, N, eps, NORM, TURN_KEY, NORM, DIM, PADDED, ROWS)
+
+    @triton.jit
+    def _normalise_and_rotate_rows(
+        states, stride, plain_out, turned_out, out_stride, cos, sin, start, N, eps,
+        NORM: tl.constexpr, TURN: tl.constexpr, KEEP: tl.constexpr,
+        DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
+    ):
+        """Rows of one head; KEEP: also as they are before they are turned."""
+        dtype: tl.constexpr = states.dtype.element_ty
+        rows, unit = _with_norm(_load_rows(states, start, N, stride, ROWS, DIM, PADDED), eps, NORM, DIM)
+        rows = (rows * unit).to(dtype)
+        if KEEP:
+            _store_rows(plain_out, start, N, out_stride, rows, ROWS, DIM, PADDED)
+        if TURN:
+            swapped = _load_rows(states, start, N, stride, ROWS, DIM, PADDED, DIM // 2).to(tl.float32)
+            swapped = (swapped * unit).to(dtype).to(tl.float32)
+            rows = _turn(rows.to(tl.float32), swapped, start, N, cos, sin, DIM, False, ROWS, DIM, PADDED)
+            _store_rows(turned_out, start, N, out_stride, rows, ROWS, DIM, PADDED)
+
+    @kernel
+    def normalise_and_rotate_gradient_kernel(
+        query, key, cos, sin, query_in, key_in, rotated_in, grad_query, grad_key,
+        query_strides, key_strides, query_in_strides, key_in_strides, rotated_in_strides,
+        grad_query_strides, grad_key_strides, angle_stride,
+        N, heads, eps,
+        NORM: tl.constexpr, TURN: tl.constexpr, HAS_KEY: tl.constexpr, HAS_ROTATED: tl.constexpr,
+        DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
+    ):
+        """Gradients of queries and keys from those of what became of them: ``query_in``, ``key_in``, ``rotated_in``."""
+        start = tl.program_id(0) * ROWS
+        head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)  # heads may lie far apart
+        if TURN:
+            cos += batch * angle_stride
+            sin += batch * angle_stride
+        if head < heads:
+            query += batch * query_strides[0] + head * query_strides[1]
+            query_in += batch * query_in_strides[0] + head * query_in_strides[1]
+            grad_query += batch * grad_query_strides[0] + head * grad_query_strides[1]
+            _gradient_of_rows(
+                query, query_strides[2], query_in, query_in_strides[2], query_in, query_in_strides[2],
+                grad_query, grad_query_strides[2], cos, sin, start, N, eps,
+                NORM, not TURN, TURN, DIM, PADDED, ROWS)
+        else:
+            head -= heads
+            key += batch * key_strides[0] + head * key_strides[1]
+            grad_key += batch * grad_key_strides[0] + head * grad_key_strides[1]
+            if HAS_KEY:
+                key_in += batch * key_in_strides[0] + head * key_in_strides[1]
+            if HAS_ROTATED:
+                rotated_in += batch * rotated_in_strides[0] + head * rotated_in_strides[1]
+            _gradient_of_rows(
+                key, key_strides[2], key_in, key_in_strides[2], rotated_in, rotated_in_strides[2],
+                grad_key, grad_key_strides[2], cos, sin, start, N, eps,
+                NORM, HAS_KEY, HAS_ROTATED, DIM, PADDED, ROWS)
+
+    @triton.jit
+    def _gradient_of_rows(
+        states, stride, plain_in, plain_stride, turned_in, turned_stride, grad, grad_stride, cos, sin, start, N, eps,
+        NORM: tl.constexpr, HAS_PLAIN: tl.constexpr, HAS_TURNED: tl.constexpr,
+        DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
+    ):
+        """Of one head, from the gradients of the rows before they are turned and after."""
+        flow = tl.zeros([ROWS, PADDED], tl.float32)
+        if HAS_PLAIN:
+            flow += _load_rows(plain_in, start, N, plain_stride, ROWS, DIM, PADDED).to(tl.float32)
+        if HAS_TURNED:
+            rows = _load_rows(turned_in, start, N, turned_stride, ROWS, DIM, PADDED).to(tl.float32)
+            swapped = _load_rows(turned_in, start, N, turned_stride, ROWS, DIM, PADDED, DIM // 2).to(tl.float32)
+            flow += _turn(rows, swapped, start, N, cos, sin, DIM, True, ROWS, DIM, PADDED)
+        if NORM:
+            rows, unit = _with_norm(_load_rows(states, start, N, stride, ROWS, DIM, PADDED), eps, NORM, DIM)
+            rows *= unit
+            flow = (flow - rows * (tl.sum(rows * flow, 1) / DIM)[:, None]) * unit
+        _store_rows(grad, start, N, grad_stride, flow, ROWS, DIM, PADDED)
+
+    @triton.jit
     def _seen(
         column, first_block, S, window, view, past_tokens, past_blocks,
         CAUSAL: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, HAS_FIRST: tl.constexpr,

@@ -234,6 +234,60 @@ def test_gradients_flow_through_the_cache(build, tiny_config):
             assert (got - expected).abs().max() < CACHE * max(1, expected.abs().max().item())
 
 
+@pytest.mark.filterwarnings("ignore:::torch", "ignore:.*should not be instantiated:DeprecationWarning")  # of torch
+@pytest.mark.parametrize("tokens", [20, 24])  # of a window of 12
+def test_a_compiled_prompt_fills_a_new_cache(tokens, build, tiny_config):
+    """In one graph."""
+    model = build(LinformerForCausalLM, tiny_config(position_embedding="rotary", projection="convolution"))
+    ids = torch.randint(0, 50, (2, tokens))
+    torch.compiler.reset()
+    prompt = torch.compile(lambda past: model(ids, past_key_values=past).logits, backend="aot_eager", fullgraph=True)
+    past, wanted = LinformerCache(model.config), LinformerCache(model.config)
+    with torch.no_grad():
+        assert torch.equal(prompt(past), model(ids, past_key_values=wanted).logits)
+    for layer, expected in zip(past.layers, wanted.layers, strict=True):
+        assert all(torch.equal(getattr(layer, name), getattr(expected, name)) for name in layer._tensors)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("position_embedding", ["rotary", "learned"])
+@pytest.mark.parametrize("tokens", [12, 20, 24, 32])  # of a window of 12; 32 fill all slots
+def test_a_cache_has_its_memory_to_itself(tokens, position_embedding, mode, build, tiny_config):
+    """Nothing else lies in it, and no projection's output is written by later tokens."""
+    model = build(LinformerForCausalLM, tiny_config(position_embedding=position_embedding, num_key_value_heads=1))
+    outputs = []
+    for layer in model.model.layers:
+        for projection in (layer.attention.k_proj, layer.attention.v_proj):
+            projection.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+    with mode():
+        past = model(torch.randint(0, 50, (1, tokens)), use_cache=True).past_key_values
+    memory = [getattr(layer, name) for layer in past.layers for name in layer._tensors]
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in memory)
+    owned = {tensor.untyped_storage().data_ptr() for tensor in memory if tensor.numel()}
+    assert len(owned) == sum(tensor.numel() > 0 for tensor in memory)
+    assert not owned & {output.untyped_storage().data_ptr() for output in outputs}
+
+
+@pytest.mark.parametrize("memory", ["none", "there already"])
+@pytest.mark.parametrize("tokens", [12, 24, 64])  # of a window of 12, and of blocks of 8 tokens
+def test_a_gradient_may_be_formed_after_the_cache_went_on(tokens, memory, build, tiny_config):
+    """What it needs is not what later tokens are written to."""
+    fields = {"position_embedding": "rotary", "projection": "convolution", "seq_length": 64}
+    model = build(LinformerForCausalLM, tiny_config(**fields))
+    ids = torch.randint(0, 50, (2, tokens + 9))
+    past = LinformerCache(model.config)
+    if memory == "there already":
+        past.allocate(2, model.config.num_key_value_heads, model.config.head_dim, torch.float64, ids.device)
+    logits = model(ids[:, :tokens], past_key_values=past).logits
+    with torch.no_grad():
+        further = [model(ids[:, t : t + 1], past_key_values=past).logits for t in range(tokens, tokens + 9)]
+        whole = model(ids).logits
+    assert (torch.cat((logits, *further), 1) - whole).abs().max() < CACHE
+    gradient = torch.autograd.grad(logits.square().sum(), model.model.embed_tokens.weight)[0]
+    alone = torch.autograd.grad(model(ids[:, :tokens]).logits.square().sum(), model.model.embed_tokens.weight)[0]
+    assert (gradient - alone).abs().max() < CACHE * alone.abs().max()
+
+
 def test_what_a_cache_cannot_do_is_said(build, tiny_config):
     model = build(LinformerForCausalLM, tiny_config())
     ids = torch.randint(0, 50, (1, 4))

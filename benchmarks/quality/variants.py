@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from linpass import LinformerConfig, layers_linformer
 from linpass.attention_linformer import mix_and_attend
-from linpass.kernels_linformer import attend_blocks
+from linpass.kernels_linformer import attend_blocks, normalise_and_rotate
 
 
 def use_variant(name: str | None) -> None:
@@ -55,8 +55,9 @@ def weighted_norms() -> None:
             self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps)
             self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps)
 
-        def _normalise(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-            return _in_one_dtype(self.q_norm, query), _in_one_dtype(self.k_norm, key)
+        def _normalise_and_rotate(self, query, key, angles) -> tuple[Tensor, Tensor, Tensor]:
+            query, key = _in_one_dtype(self.q_norm, query), _in_one_dtype(self.k_norm, key)
+            return normalise_and_rotate(query, key, None, angles, rotates_key=self.is_causal or not self.k)
 
     layers_linformer.LinformerAttention = WithNorms
 
