@@ -225,23 +225,27 @@ def normalise_and_rotate(
     key_BTGD: Tensor,
     eps: float | None,
     angles: tuple[Tensor, Tensor] | None,
+    keeps_key: bool = True,
     rotates_key: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`attention_linformer.normalise_and_rotate`, in one launch each way where :func:`_fits`.
 
-    torch.compile, which joins PyTorch's functions with what stands beside them, is left those.
+    PyTorch's functions for the next token alone, whose time is the processor's: they are started in C++.
 
     Cost: every number read once, and once more from a cache, and written once; memory O(B·T·(H + G)·D).
     """
     states = query, key = query_BTHD.transpose(1, 2), key_BTGD.transpose(1, 2)
-    known = query.dtype == key.dtype and (angles is None or angles[0].shape[-2] >= query.shape[2])
-    nothing = eps is None and angles is None
-    if nothing or not known or torch.compiler.is_compiling() or not _fits(states, NO_BLOCKS):
-        return plain.normalise_and_rotate(query_BTHD, key_BTGD, eps, angles, rotates_key)
+    tokens, nothing = query.shape[2], eps is None and angles is None
+    known = query.dtype == key.dtype and (angles is None or angles[0].shape[-2] >= tokens)
+    if nothing or tokens == 1 or not known or not _fits(states, NO_BLOCKS):
+        return plain.normalise_and_rotate(query_BTHD, key_BTGD, eps, angles, keeps_key, rotates_key)
     rotates_key = rotates_key and angles is not None
-    query, normal, rotated = _NormaliseAndRotate.apply(query, key, *(angles or (None, None)), eps, rotates_key)
-    key = key if eps is None else normal
-    return query, key, rotated if rotates_key else key
+    norms_key = eps is not None and (keeps_key or not rotates_key)
+    wanted = norms_key, rotates_key
+    query, normal, rotated = _NormaliseAndRotate.apply(query, key, *(angles or (None, None)), eps, *wanted)
+    key = normal if norms_key else key
+    rotated = rotated if rotates_key else key
+    return query, key if keeps_key else rotated, rotated
 
 
 def _fits(tensors: tuple[Tensor, ...], layout: BlockLayout) -> bool:
@@ -405,11 +409,11 @@ class _NormaliseAndRotate(torch.autograd.Function):
     """Keeps the inputs."""
 
     @staticmethod
-    def forward(ctx: Any, query, key, cos, sin, eps, rotates_key):
+    def forward(ctx: Any, query, key, cos, sin, eps, norms_key, rotates_key):
         ctx.save_for_backward(query, key, cos, sin)
-        ctx.eps = eps
+        ctx.eps, ctx.norms_key, ctx.rotates_key = eps, norms_key, rotates_key
         ctx.set_materialize_grads(False)
-        results = normalise_and_rotate_op(query, key, cos, sin, eps, rotates_key)
+        results = normalise_and_rotate_op(query, key, cos, sin, eps, norms_key, rotates_key)
         of_query, of_key = ctx.needs_input_grad[:2]
         ctx.mark_non_differentiable(*(() if of_query else results[:1]), *(() if of_key else results[1:]))
         return results
@@ -418,8 +422,10 @@ class _NormaliseAndRotate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_query, grad_key, grad_rotated):
         query, key, cos, sin = ctx.saved_tensors
+        # torch.compile gives zeros where there is no gradient: none of the size of what was not made
+        grad_key, grad_rotated = grad_key if ctx.norms_key else None, grad_rotated if ctx.rotates_key else None
         of_query, of_key = grad_query is not None, grad_key is not None or grad_rotated is not None
         if not of_query:
             grad_query = torch.zeros_like(query)
         found = normalise_and_rotate_backward_op(grad_query, grad_key, grad_rotated, query, key, cos, sin, ctx.eps)
-        return found[0] if of_query else None, found[1] if of_key else None, None, None, None, None
+        return found[0] if of_query else None, found[1] if of_key else None, None, None, None, None, None

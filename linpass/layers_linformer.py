@@ -237,9 +237,10 @@ class LinformerAttention(nn.Module):
         return self.o_proj(grid.restore(output.transpose(1, 2).flatten(2))), probabilities
 
     def _normalise_and_rotate(self, query, key, angles):
-        """Queries, keys as they are mixed, and keys as queries see them; an encoder's slots alone are seen."""
+        """Queries, keys as slots mix them, and keys as queries see them; of an encoder they see slots alone."""
         eps = self.config.norm_eps if self.config.qk_norm else None
-        return normalise_and_rotate(query, key, eps, angles, rotates_key=self.is_causal or not self.k)
+        wanted = {"keeps_key": self.k > 0, "rotates_key": self.is_causal or not self.k}
+        return normalise_and_rotate(query, key, eps, angles, **wanted)
 
     def _attend_both_ways(self, query, key, rotated, value, weights, grid, slot_angles):
         """Section 4 of the paper: all queries, k slots that mix the whole row; k = 0 is full attention."""

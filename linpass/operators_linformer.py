@@ -489,31 +489,34 @@ def _rotary_angles_shapes(position, dim, base, dtype):
     return tuple(position.new_empty(len(position), 1, position.shape[1], dim, dtype=dtype) for _ in range(2))
 
 
-def _normalise_and_rotate(query, key, cos, sin, eps, rotates_key):
+def _normalise_and_rotate(query, key, cos, sin, eps, norms_key, rotates_key):
     query, key = _unit_rows(query, key)
-    results = query_out, key_out, rotated = _normalise_and_rotate_shapes(query, key, cos, sin, eps, rotates_key)
-    (batch, heads, tokens, dim), groups = query.shape, key.shape[1] if eps is not None or rotates_key else 0
-    cos, sin, rows = _angle_rows(cos, batch), _angle_rows(sin, batch), _rows_of_norm(dim)
+    wanted = norms_key, rotates_key
+    results = query_out, key_out, rotated = _normalise_and_rotate_shapes(query, key, cos, sin, eps, *wanted)
+    (batch, heads, tokens, dim), groups = query.shape, key.shape[1] if any(wanted) else 0
+    cos, sin = _angle_rows(cos, batch), _angle_rows(sin, batch)
+    grid, sizes = _rows_and_heads(batch, heads, groups, tokens, dim)
     launch(
-        kernels.normalise_and_rotate_kernel, (-(-tokens // rows), heads + groups, batch), Tile(0, 0, 4, 1),
+        kernels.normalise_and_rotate_kernel, grid, Tile(0, 0, 4, 1),
         (query, key, cos, sin, query_out, key_out, rotated),
         (
             *map(_strides, (query, key, query_out, rotated if rotates_key else key_out)), _strides(cos)[0],
-            tokens, heads, eps or 0.0, eps is not None, cos is not None, rotates_key, dim, padded_dim(dim), rows,
+            tokens, heads, eps or 0.0, eps is not None, cos is not None, *wanted, dim, *sizes,
         ),
     )  # fmt: skip
     return results
 
 
-def _rows_of_norm(dim: int) -> int:
-    """Rows of a program: 2048 numbers."""
-    return max(1, 2048 // padded_dim(dim))
+def _rows_and_heads(batch: int, heads: int, groups: int, tokens: int, dim: int) -> tuple[tuple[int, ...], ...]:
+    """A grid of programs with 2048 numbers of up to four heads, which share their angles; and PADDED, ROWS and EACH."""
+    rows, each = max(1, 2048 // padded_dim(dim)), math.gcd(heads, groups, 4)
+    return (-(-tokens // rows), (heads + groups) // each, batch), (padded_dim(dim), rows, each)
 
 
-def _normalise_and_rotate_shapes(query, key, cos, sin, eps, rotates_key):
-    """Queries; keys, empty where they are what they were; rotated keys, empty where none are wanted."""
-    key_out = query.new_empty(0) if eps is None else _like_tokens(key)
-    return _like_tokens(query), key_out, _like_tokens(key) if rotates_key else query.new_empty(0)
+def _normalise_and_rotate_shapes(query, key, cos, sin, eps, norms_key, rotates_key):
+    """Queries; keys with a norm; rotated keys; empty where not wanted."""
+    keys = [_like_tokens(key) if wanted else query.new_empty(0) for wanted in (norms_key, rotates_key)]
+    return _like_tokens(query), *keys
 
 
 def _normalise_and_rotate_backward(grad_query, grad_key, grad_rotated, query, key, cos, sin, eps):
@@ -521,15 +524,15 @@ def _normalise_and_rotate_backward(grad_query, grad_key, grad_rotated, query, ke
     query_in, key_in, rotated_in, query, key = _unit_rows(grad_query, grad_key, grad_rotated, query, key)
     grad_query, grad_key = _like_tokens(query), _like_tokens(key)
     (batch, heads, tokens, dim), has_keys = query.shape, key_in is not None or rotated_in is not None
-    groups, rows = key.shape[1] if has_keys else 0, _rows_of_norm(dim)
     cos, sin = _angle_rows(cos, batch), _angle_rows(sin, batch)
+    grid, sizes = _rows_and_heads(batch, heads, key.shape[1] if has_keys else 0, tokens, dim)
     launch(
-        kernels.normalise_and_rotate_gradient_kernel, (-(-tokens // rows), heads + groups, batch), Tile(0, 0, 4, 1),
+        kernels.normalise_and_rotate_gradient_kernel, grid, Tile(0, 0, 4, 1),
         (query, key, cos, sin, query_in, key_in, rotated_in, grad_query, grad_key),
         (
             *map(_strides, (query, key, query_in, key_in, rotated_in, grad_query, grad_key)), _strides(cos)[0],
             tokens, heads, eps or 0.0, eps is not None, cos is not None, key_in is not None, rotated_in is not None,
-            dim, padded_dim(dim), rows,
+            dim, *sizes,
         ),
     )  # fmt: skip
     return grad_query, grad_key
@@ -627,7 +630,7 @@ _WEIGHTS = "Tensor key_weight, Tensor value_weight, Tensor? cos, Tensor? sin, Te
         _rotary_angles_shapes,
     ),
     normalise_and_rotate=(
-        "(Tensor query, Tensor key, Tensor? cos, Tensor? sin, float? eps, bool rotates_key)"
+        "(Tensor query, Tensor key, Tensor? cos, Tensor? sin, float? eps, bool norms_key, bool rotates_key)"
         " -> (Tensor, Tensor, Tensor)",
         _normalise_and_rotate,
         _normalise_and_rotate_shapes,

@@ -46,17 +46,24 @@ if triton is not None:
         tl.store(corner + row[:, None] * stride + column[None, :], values.to(base.dtype.element_ty), mask=inside)
 
     @triton.jit
-    def _turn(states, turned, start, stop, cos, sin, stride, BACK: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
-              PADDED: tl.constexpr):
-        """`rotate` of attention_linformer, or, BACK, its transpose; `turned` is `states` with its halves swapped."""
+    def _angles(cos, sin, start, stop, stride, BACK: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
+                PADDED: tl.constexpr):
+        """What rows, and rows with swapped halves, are multiplied by to turn them, or, BACK, to turn them back."""
         left = (tl.arange(0, PADDED) < DIM // 2)[None, :]
         cosine = _load_rows(cos, start, stop, stride, ROWS, DIM, PADDED).to(tl.float32)
         if BACK:
             sine = _load_rows(sin, start, stop, stride, ROWS, DIM, PADDED, DIM // 2).to(tl.float32)
-            return states * cosine + tl.where(left, turned * sine, -turned * sine)
+            return cosine, tl.where(left, sine, -sine)
         else:
             sine = _load_rows(sin, start, stop, stride, ROWS, DIM, PADDED).to(tl.float32)
-            return states * cosine + tl.where(left, -turned * sine, turned * sine)
+            return cosine, tl.where(left, -sine, sine)
+
+    @triton.jit
+    def _turn(states, turned, start, stop, cos, sin, stride, BACK: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
+              PADDED: tl.constexpr):
+        """`rotate` of attention_linformer, or, BACK, its transpose; `turned` is `states` with its halves swapped."""
+        cosine, sine = _angles(cos, sin, start, stop, stride, BACK, ROWS, DIM, PADDED)
+        return states * cosine + turned * sine
 
     @kernel
     def angles_kernel(
@@ -91,45 +98,52 @@ if triton is not None:
         query, key, cos, sin, query_out, key_out, rotated,
         query_strides, key_strides, query_out_strides, key_out_strides, angle_stride,
         N, heads, eps,
-        NORM: tl.constexpr, TURN: tl.constexpr, TURN_KEY: tl.constexpr,
-        DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
+        NORM: tl.constexpr, TURN: tl.constexpr, NORM_KEY: tl.constexpr, TURN_KEY: tl.constexpr,
+        DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, EACH: tl.constexpr,
     ):
-        """`normalise_and_rotate` of attention_linformer; the heads of a grid are those of queries, then of keys."""
+        """`normalise_and_rotate` of attention_linformer; a grid has EACH heads a program, of queries, then of keys."""
         start = tl.program_id(0) * ROWS
-        head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)  # heads may lie far apart
+        head, batch = tl.program_id(1).to(tl.int64) * EACH, tl.program_id(2).to(tl.int64)  # heads may lie far apart
         if TURN:
             cos += batch * angle_stride
             sin += batch * angle_stride
         if head < heads:
             query += batch * query_strides[0] + head * query_strides[1]
             query_out += batch * query_out_strides[0] + head * query_out_strides[1]
-            _normalise_and_rotate_rows(
-                query, query_strides[2], query_out, query_out, query_out_strides[2], cos, sin, start, N, eps,
-                NORM, TURN, not TURN, DIM, PADDED, ROWS)
+            _normalise_and_rotate_heads(
+                query, query_strides, query_out, query_out, query_out_strides, cos, sin, start, N, eps,
+                NORM, TURN, not TURN, DIM, PADDED, ROWS, EACH)
         else:
             key += batch * key_strides[0] + (head - heads) * key_strides[1]
             at = batch * key_out_strides[0] + (head - heads) * key_out_strides[1]
-            _normalise_and_rotate_rows(
-                key, key_strides[2], key_out + at if NORM else key, rotated + at if TURN_KEY else key,
-                key_out_strides[2], cos, sin, start, N, eps, NORM, TURN_KEY, NORM, DIM, PADDED, ROWS)
+            _normalise_and_rotate_heads(
+                key, key_strides, key_out + at if NORM_KEY else key, rotated + at if TURN_KEY else key,
+                key_out_strides, cos, sin, start, N, eps,
+                NORM, TURN_KEY, NORM_KEY, DIM, PADDED, ROWS, EACH)
 
     @triton.jit
-    def _normalise_and_rotate_rows(
-        states, stride, plain_out, turned_out, out_stride, cos, sin, start, N, eps,
+    def _normalise_and_rotate_heads(
+        states, strides, plain_out, turned_out, out_strides, cos, sin, start, N, eps,
         NORM: tl.constexpr, TURN: tl.constexpr, KEEP: tl.constexpr,
-        DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
+        DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, EACH: tl.constexpr,
     ):
-        """Rows of one head; KEEP: also as they are before they are turned."""
+        """Rows of some heads, which share their angles; KEEP: also as they are before they are turned."""
         dtype: tl.constexpr = states.dtype.element_ty
-        rows, unit = _with_norm(_load_rows(states, start, N, stride, ROWS, DIM, PADDED), eps, NORM, DIM)
-        rows = (rows * unit).to(dtype)
-        if KEEP:
-            _store_rows(plain_out, start, N, out_stride, rows, ROWS, DIM, PADDED)
         if TURN:
-            swapped = _load_rows(states, start, N, stride, ROWS, DIM, PADDED, DIM // 2).to(tl.float32)
-            swapped = (swapped * unit).to(dtype).to(tl.float32)
-            rows = _turn(rows.to(tl.float32), swapped, start, N, cos, sin, DIM, False, ROWS, DIM, PADDED)
-            _store_rows(turned_out, start, N, out_stride, rows, ROWS, DIM, PADDED)
+            cosine, sine = _angles(cos, sin, start, N, DIM, False, ROWS, DIM, PADDED)
+        for _head in tl.static_range(EACH):
+            rows, unit = _with_norm(_load_rows(states, start, N, strides[2], ROWS, DIM, PADDED), eps, NORM, DIM)
+            rows = (rows * unit).to(dtype)
+            if KEEP:
+                _store_rows(plain_out, start, N, out_strides[2], rows, ROWS, DIM, PADDED)
+            if TURN:
+                swapped = _load_rows(states, start, N, strides[2], ROWS, DIM, PADDED, DIM // 2).to(tl.float32)
+                swapped = (swapped * unit).to(dtype).to(tl.float32)
+                rows = rows.to(tl.float32) * cosine + swapped * sine
+                _store_rows(turned_out, start, N, out_strides[2], rows, ROWS, DIM, PADDED)
+            states += strides[1]
+            plain_out += out_strides[1]
+            turned_out += out_strides[1]
 
     @kernel
     def normalise_and_rotate_gradient_kernel(
@@ -138,11 +152,11 @@ if triton is not None:
         grad_query_strides, grad_key_strides, angle_stride,
         N, heads, eps,
         NORM: tl.constexpr, TURN: tl.constexpr, HAS_KEY: tl.constexpr, HAS_ROTATED: tl.constexpr,
-        DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
+        DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, EACH: tl.constexpr,
     ):
         """Gradients of queries and keys from those of what became of them: ``query_in``, ``key_in``, ``rotated_in``."""
         start = tl.program_id(0) * ROWS
-        head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)  # heads may lie far apart
+        head, batch = tl.program_id(1).to(tl.int64) * EACH, tl.program_id(2).to(tl.int64)  # heads may lie far apart
         if TURN:
             cos += batch * angle_stride
             sin += batch * angle_stride
@@ -150,10 +164,10 @@ if triton is not None:
             query += batch * query_strides[0] + head * query_strides[1]
             query_in += batch * query_in_strides[0] + head * query_in_strides[1]
             grad_query += batch * grad_query_strides[0] + head * grad_query_strides[1]
-            _gradient_of_rows(
-                query, query_strides[2], query_in, query_in_strides[2], query_in, query_in_strides[2],
-                grad_query, grad_query_strides[2], cos, sin, start, N, eps,
-                NORM, not TURN, TURN, DIM, PADDED, ROWS)
+            _gradient_of_heads(
+                query, query_strides, query_in, query_in_strides, query_in, query_in_strides,
+                grad_query, grad_query_strides, cos, sin, start, N, eps,
+                NORM, not TURN, TURN, DIM, PADDED, ROWS, EACH)
         else:
             head -= heads
             key += batch * key_strides[0] + head * key_strides[1]
@@ -162,30 +176,38 @@ if triton is not None:
                 key_in += batch * key_in_strides[0] + head * key_in_strides[1]
             if HAS_ROTATED:
                 rotated_in += batch * rotated_in_strides[0] + head * rotated_in_strides[1]
-            _gradient_of_rows(
-                key, key_strides[2], key_in, key_in_strides[2], rotated_in, rotated_in_strides[2],
-                grad_key, grad_key_strides[2], cos, sin, start, N, eps,
-                NORM, HAS_KEY, HAS_ROTATED, DIM, PADDED, ROWS)
+            _gradient_of_heads(
+                key, key_strides, key_in, key_in_strides, rotated_in, rotated_in_strides,
+                grad_key, grad_key_strides, cos, sin, start, N, eps,
+                NORM, HAS_KEY, HAS_ROTATED, DIM, PADDED, ROWS, EACH)
 
     @triton.jit
-    def _gradient_of_rows(
-        states, stride, plain_in, plain_stride, turned_in, turned_stride, grad, grad_stride, cos, sin, start, N, eps,
+    def _gradient_of_heads(
+        states, strides, plain_in, plain_strides, turned_in, turned_strides, grad, grad_strides,
+        cos, sin, start, N, eps,
         NORM: tl.constexpr, HAS_PLAIN: tl.constexpr, HAS_TURNED: tl.constexpr,
-        DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
+        DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, EACH: tl.constexpr,
     ):
-        """Of one head, from the gradients of the rows before they are turned and after."""
-        flow = tl.zeros([ROWS, PADDED], tl.float32)
-        if HAS_PLAIN:
-            flow += _load_rows(plain_in, start, N, plain_stride, ROWS, DIM, PADDED).to(tl.float32)
+        """Of some heads, from the gradients of their rows before they are turned and after."""
         if HAS_TURNED:
-            rows = _load_rows(turned_in, start, N, turned_stride, ROWS, DIM, PADDED).to(tl.float32)
-            swapped = _load_rows(turned_in, start, N, turned_stride, ROWS, DIM, PADDED, DIM // 2).to(tl.float32)
-            flow += _turn(rows, swapped, start, N, cos, sin, DIM, True, ROWS, DIM, PADDED)
-        if NORM:
-            rows, unit = _with_norm(_load_rows(states, start, N, stride, ROWS, DIM, PADDED), eps, NORM, DIM)
-            rows *= unit
-            flow = (flow - rows * (tl.sum(rows * flow, 1) / DIM)[:, None]) * unit
-        _store_rows(grad, start, N, grad_stride, flow, ROWS, DIM, PADDED)
+            cosine, sine = _angles(cos, sin, start, N, DIM, True, ROWS, DIM, PADDED)
+        for _head in tl.static_range(EACH):
+            flow = tl.zeros([ROWS, PADDED], tl.float32)
+            if HAS_PLAIN:
+                flow += _load_rows(plain_in, start, N, plain_strides[2], ROWS, DIM, PADDED).to(tl.float32)
+                plain_in += plain_strides[1]
+            if HAS_TURNED:
+                rows = _load_rows(turned_in, start, N, turned_strides[2], ROWS, DIM, PADDED).to(tl.float32)
+                swapped = _load_rows(turned_in, start, N, turned_strides[2], ROWS, DIM, PADDED, DIM // 2)
+                flow += rows * cosine + swapped.to(tl.float32) * sine
+                turned_in += turned_strides[1]
+            if NORM:
+                rows, unit = _with_norm(_load_rows(states, start, N, strides[2], ROWS, DIM, PADDED), eps, NORM, DIM)
+                rows *= unit
+                flow = (flow - rows * (tl.sum(rows * flow, 1) / DIM)[:, None]) * unit
+                states += strides[1]
+            _store_rows(grad, start, N, grad_strides[2], flow, ROWS, DIM, PADDED)
+            grad += grad_strides[1]
 
     @triton.jit
     def _seen(

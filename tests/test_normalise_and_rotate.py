@@ -29,6 +29,7 @@ class Case:
     dim: int = 16
     norm: bool = True
     rotary: bool = True
+    keeps_key: bool = True
     rotates_key: bool = True
     angles: str = "shared"  # by the rows; or each row its own, or more of them than tokens
     angle_dtype: torch.dtype | None = None
@@ -39,7 +40,7 @@ class Case:
 SMALL = [
     {},
     {"dtype": torch.float16},
-    *({"tokens": tokens, "batch": 1} for tokens in (1, 128, 129)),
+    *({"tokens": tokens, "batch": 1} for tokens in (2, 128, 129)),
     *({"dim": dim} for dim in (18, 32, 34, 64)),
     {"dim": 256, "tokens": 9, "batch": 1},
     {"norm": False},
@@ -47,6 +48,10 @@ SMALL = [
     {"rotary": False, "dim": 17},
     {"rotates_key": False},
     {"norm": False, "rotates_key": False},
+    {"keeps_key": False},
+    {"keeps_key": False, "norm": False},
+    {"keeps_key": False, "rotary": False},
+    {"keeps_key": False, "rotates_key": False},
     {"groups": 4, "angles": "each its own"},
     {"angles": "longer", "norm": False},
     {"dtype": torch.float16, "angle_dtype": torch.float32},
@@ -65,6 +70,7 @@ CASES = [pytest.param(Case(**changes), id=str(changes)) for changes in SMALL] + 
         {"norm": False, "tokens": 4097, "angles": "each its own"},
         {"rotary": False, "dim": 128},
         {"rotates_key": False, "dim": 256},
+        {"keeps_key": False},
         {"dim": 40, "memory": "fused"},
         {"dim": 128, "angle_dtype": torch.float32, "angles": "longer"},
     )
@@ -88,7 +94,7 @@ def make(case):
         columns = case.tokens + 5 * (case.angles == "longer")
         position = torch.arange(columns, device=DEVICE) + 100 * torch.arange(rows, device=DEVICE)[:, None]
         angles = rotary_angles(position, case.dim, 1e4, case.angle_dtype or case.dtype)
-    return leaves, (EPS * case.scale**2 if case.norm else None, angles, case.rotates_key)
+    return leaves, (EPS * case.scale**2 if case.norm else None, angles, case.keeps_key, case.rotates_key)
 
 
 def given(case, leaves):
@@ -112,13 +118,13 @@ def random_gradients(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients_are_those_of_pytorch_in_float64(case, kernels, poisoned_memory):
-    leaves, (eps, angles, rotates_key) = make(case)
+    leaves, (eps, angles, *wants) = make(case)
     gradients = random_gradients(case)
     got, got_gradients = values_and_gradients(
-        kernels.normalise_and_rotate, case, leaves, (eps, angles, rotates_key), gradients
+        kernels.normalise_and_rotate, case, leaves, (eps, angles, *wants), gradients
     )
     again, gradients_again = values_and_gradients(
-        kernels.normalise_and_rotate, case, leaves, (eps, angles, rotates_key), gradients
+        kernels.normalise_and_rotate, case, leaves, (eps, angles, *wants), gradients
     )
     exact = {part: leaf.detach().double().requires_grad_() for part, leaf in leaves.items()}
     angles = None if angles is None else tuple(part.double() for part in angles)
@@ -126,7 +132,7 @@ def test_values_and_gradients_are_those_of_pytorch_in_float64(case, kernels, poi
         attention_linformer.normalise_and_rotate,
         case,
         exact,
-        (eps, angles, rotates_key),
+        (eps, angles, *wants),
         [gradient.double() for gradient in gradients],
     )
     for found, expected, table in ((got, wanted, VALUE), (got_gradients, wanted_gradients, GRADIENT)):
@@ -141,7 +147,7 @@ def test_values_and_gradients_are_those_of_pytorch_in_float64(case, kernels, poi
 def test_the_oracle_is_the_formula():
     """Written out once more, by loops."""
     case = Case(tokens=3, batch=1, heads=1, groups=1, dim=4, dtype=torch.float64)
-    leaves, (eps, angles, _) = make(case)
+    leaves, (eps, angles, *_) = make(case)
     queries, keys, rotated = attention_linformer.normalise_and_rotate(*given(case, leaves), eps, angles)
     cos, sin = (part[0, 0] for part in angles)
     for source, plain, turned in ((leaves["query"], None, queries), (leaves["key"], keys, rotated)):
@@ -235,6 +241,7 @@ def test_heads_may_lie_beyond_32_bits(kernels):
         Case(dim=8),
         Case(norm=False, rotary=False),
         Case(tokens=4, dim=300),
+        Case(tokens=1),
     ],
 )
 def test_what_no_kernel_takes_is_left_to_pytorch(case, kernels, monkeypatch):
@@ -246,25 +253,47 @@ def test_what_no_kernel_takes_is_left_to_pytorch(case, kernels, monkeypatch):
     assert (found[1] is found[2]) == (not case.rotary)
 
 
-@pytest.mark.parametrize("case", CASES[:1] + CASES[9:15])
+@pytest.mark.filterwarnings("ignore:::torch", "ignore:.*should not be instantiated:DeprecationWarning")  # of torch
+@pytest.mark.parametrize("used", ["all", "queries", "rotated"])
+@pytest.mark.parametrize("changes", [{}, {"norm": False}, {"rotary": False}, {"keeps_key": False}], ids=str)
+def test_it_is_part_of_a_compiled_graph(changes, used, kernels):
+    """Of one graph, which may use some of what it gives."""
+    case = Case(**changes)
+    leaves, arguments = make(case)
+    gradients = dict(zip(("queries", "keys", "rotated"), random_gradients(case), strict=True))
+    torch.compiler.reset()
+    compiled = torch.compile(kernels.normalise_and_rotate, fullgraph=True, backend="aot_eager")
+    found = []
+    for function in (compiled, attention_linformer.normalise_and_rotate):
+        outputs = dict(zip(gradients, function(*given(case, leaves), *arguments), strict=True))
+        parts = [part for part in gradients if used in ("all", part)]
+        inputs = [leaf for part, leaf in leaves.items() if used == "all" or (part == "query") == (used == "queries")]
+        wanted = [outputs[part] for part in parts], inputs, [gradients[part] for part in parts]
+        found.append((*outputs.values(), *torch.autograd.grad(*wanted)))
+    for one, other in zip(*found, strict=True):
+        assert relative_error(one, other) < GRADIENT[torch.float32]
+
+
+@pytest.mark.parametrize("case", CASES[:1] + CASES[9:19])
 def test_the_operators_keep_their_promises(case, kernels):
     """Schema, and shapes, dtypes and strides that torch.compile is told."""
-    leaves, (eps, angles, rotates_key) = make(case)
-    rotates_key = rotates_key and case.rotary
+    leaves, (eps, angles, *_) = make(case)
+    norms_key, rotates_key = case.norm and case.keeps_key, case.rotates_key and case.rotary
     states = [states.detach().transpose(1, 2) for states in given(case, leaves)]
     tests = {"test_utils": ("test_schema", "test_faketensor")}
     arguments = (*states, *(angles or (None, None)))
-    library.opcheck(kernels.normalise_and_rotate_op, (*arguments, eps, rotates_key), **tests)
+    library.opcheck(kernels.normalise_and_rotate_op, (*arguments, eps, norms_key, rotates_key), **tests)
     grad_query, grad_key, grad_rotated = random_gradients(case)
     for given_key in (grad_key, None):
         backward = (grad_query, given_key, grad_rotated if case.rotary else None, *arguments, eps)
         library.opcheck(kernels.normalise_and_rotate_backward_op, backward, **tests)
 
 
+@pytest.mark.filterwarnings("ignore:::torch", "ignore:.*should not be instantiated:DeprecationWarning")  # of torch
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("causal_k", [16, 0])
 @pytest.mark.parametrize("qk_norm", [True, False])
-def test_a_layer_starts_one_kernel_each_way(qk_norm, causal_k, kernels, monkeypatch):
-    """In a compiled model none: its compiler joins PyTorch's functions with what stands beside them."""
+def test_a_layer_starts_one_kernel_each_way(qk_norm, causal_k, compiled, kernels, monkeypatch):
     names, launch = [], operators_linformer.launch
 
     def remember(kernel, *rest):
@@ -279,13 +308,8 @@ def test_a_layer_starts_one_kernel_each_way(qk_norm, causal_k, kernels, monkeypa
     )  # fmt: skip
     model = LinformerForCausalLM(config).to(DEVICE)
     ids = torch.randint(0, 60, (1, 20), device=DEVICE)
-    model(ids, labels=ids).loss.backward()
+    torch.compiler.reset()
+    run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    run(ids, labels=ids, use_cache=False).loss.backward()
     ours = [name for name in names if name.startswith("normalise")]
     assert ours == ["normalise_and_rotate_kernel"] * 2 + ["normalise_and_rotate_gradient_kernel"] * 2
-    names.clear()
-    torch.compiler.reset()
-    torch.compile(model.model.layers[0].attention._normalise_and_rotate, fullgraph=True, backend="aot_eager")(
-        *(torch.randn(1, 20, 2, 16, device=DEVICE) for _ in range(2)),
-        rotary_angles(torch.arange(20, device=DEVICE)[None], 16, 1e4, torch.float32),
-    )
-    assert not [name for name in names if name.startswith("normalise")]

@@ -57,7 +57,7 @@ def weighted_norms() -> None:
 
         def _normalise_and_rotate(self, query, key, angles) -> tuple[Tensor, Tensor, Tensor]:
             query, key = _in_one_dtype(self.q_norm, query), _in_one_dtype(self.k_norm, key)
-            return normalise_and_rotate(query, key, None, angles, rotates_key=self.is_causal or not self.k)
+            return normalise_and_rotate(query, key, None, angles, keeps_key=self.k > 0)
 
     layers_linformer.LinformerAttention = WithNorms
 
