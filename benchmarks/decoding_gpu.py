@@ -91,7 +91,7 @@ def run(
         builders = {
             name: partial(way, situation)
             for name, way in cases.WAYS.items()
-            if plan.names is None or name in plan.names
+            if (plan.names is None or name in plan.names) and (batch > 1 or name != cases.UNEVEN)
         }
         race(report, "decoding", {"context": context, "batch": batch}, builders, device, plan.rounds)
         situation.__dict__.clear()  # its caches, before the next ones are made

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
-from benchmarks.models_gpu_cases import Size, cache_bytes, config_for, parameters
+from benchmarks.models_gpu_cases import Size, cache_bytes, config_for, parameters, uneven_rows
 from benchmarks.race import Entrant, compiled
 from linpass import LinformerCache
 from linpass.training.architectures import build_model
@@ -27,6 +27,7 @@ SAME_LOGITS = 0.025
 # would not show in the logits. Values and outputs so many times as large make it the larger part.
 LOUDER = 8.0
 GRAPH_WARMUP = 3
+UNEVEN = "rows of different lengths: linpass, compiled"  # from half of the context to all of it
 
 
 class Models:
@@ -75,18 +76,24 @@ class Situation:
         self.checked = torch.randint(models.config.vocab_size, size, device=device)
         self.truth: dict[str, Tensor] = {}
 
-    def linformer_cache(self, is_compileable: bool = False) -> LinformerCache:
-        """The cache after the context, through the public API; the same ids every time."""
+    def linformer_cache(self, is_compileable: bool = False, uneven: bool = False) -> LinformerCache:
+        """The cache after the context, through the public API; the same ids every time.
+
+        ``uneven``: of rows that hold from half of the context to all of it.
+        """
         config, device = self.models.config, self.models.device
         generator = torch.Generator(device).manual_seed(0)
         cache, left = LinformerCache(config, is_compileable), self.context
         piece = max(1, PIECE // self.batch // config.block_size) * config.block_size
+        keep = uneven_rows(self.batch, left).to(device) if uneven else None
         while left:
             size = (self.batch, min(piece, left))
             ids = torch.randint(config.vocab_size, size, generator=generator, device=device)
-            with torch.no_grad():
-                self.models.linformer(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             left -= size[1]
+            mask = None if keep is None else keep[:, : self.context - left]
+            inputs = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
+            with torch.no_grad():
+                self.models.linformer(**inputs, use_cache=True, logits_to_keep=1)
         return cache
 
     @cached_property
@@ -228,6 +235,15 @@ def linformer_way(situation: Situation, kind: type[Decoder], *options: dict) -> 
     return decoder.entrant(situation, "linpass")
 
 
+def linformer_uneven(situation: Situation) -> Entrant:
+    """Rows of different lengths in one compiled step, which must give what the eager step gives."""
+    for kind, options in ((Decoder, ()), (CompiledDecoder, (situation.options,))):
+        cache = situation.linformer_cache(kind is CompiledDecoder, uneven=True)
+        decoder = kind(situation.models.linformer, cache, situation.checked[:, :1], *options)
+        entrant = decoder.entrant(situation, UNEVEN)
+    return entrant
+
+
 def llama_dynamic(situation: Situation) -> Entrant:
     cache = situation.llama_dynamic
     decoder = Decoder(situation.models.llama, cache, situation.checked[:, :1])
@@ -288,6 +304,7 @@ WAYS = {
     "Llama, static cache, compiled": llama_static,
     "linpass, compiled": lambda situation: linformer_way(situation, CompiledDecoder, situation.options),
     "linpass, CUDA graph": lambda situation: linformer_way(situation, GraphDecoder),
+    UNEVEN: linformer_uneven,
     "linpass, generate": linformer_generate,
     "linpass, generate, compiled": lambda situation: linformer_generate(situation, is_compileable=True),
     "Llama, generate": llama_generate,

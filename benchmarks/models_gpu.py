@@ -93,7 +93,7 @@ def race_training(report, plan, section, names, models, config, device) -> None:
     for mode in plan.modes:
         options = plan.compiler if mode == "compiled" else None
         builders = {
-            name: partial(cases.training_step, build, config, plan.batch_tokens, device, options)
+            name: partial(cases.training_step, build, config, plan.batch_tokens, device, options, name == cases.UNEVEN)
             for name, build in wanted(models, plan).items()
         }
         race(report, section, names | {"mode": mode}, builders, device, plan.rounds)

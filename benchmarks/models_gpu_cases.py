@@ -181,6 +181,7 @@ def introduce(builds: list[Callable[[LinformerConfig], Any]], config: LinformerC
 
 Build = Callable[[LinformerConfig], Any]
 OURS, BOUND, FULL = "linpass", "bound: no attention", "linpass, full attention"
+UNEVEN = "linpass, rows of different lengths"
 CAUSAL: dict[str, Build] = {
     OURS: linformer,
     BOUND: bound,
@@ -188,7 +189,7 @@ CAUSAL: dict[str, Build] = {
     "GPT-2": gpt2,
     FULL: full_attention,
 }
-MASKED_LM: dict[str, Build] = {OURS: linformer, BOUND: bound, "BERT": bert}
+MASKED_LM: dict[str, Build] = {OURS: linformer, BOUND: bound, "BERT": bert, UNEVEN: linformer}
 PREFILL: dict[str, Build] = {OURS: linformer, BOUND: bound, "Llama": partial(build_model, "llama")}
 
 
@@ -201,10 +202,11 @@ class TrainingStep:
     Args:
         ids: [B, n]; random, there is nothing to learn but their frequencies.
         masked: whether ``model`` predicts masked tokens, else the next one.
+        keep: [B, n], 0 for padding; None: there is none.
         options: of torch.compile for everything before the loss; None: not compiled.
     """
 
-    def __init__(self, model: Any, ids: Tensor, masked: bool, options: dict | None):
+    def __init__(self, model: Any, ids: Tensor, masked: bool, keep: Tensor | None, options: dict | None):
         body = BertBody(model) if isinstance(model, BertForMaskedLM) else model.base_model
         self.body = body if options is None else compiled(body, options)
         self.head, self.ids = model.get_output_embeddings().weight, ids
@@ -213,12 +215,15 @@ class TrainingStep:
             self.target = ids.where(torch.rand(ids.shape, device=ids.device) < MASKED, -100)
         else:
             self.target = F.pad(ids, (0, 1), value=-100)[:, 1:]
+        self.keep = {}
+        if keep is not None:
+            self.keep, self.target = {"attention_mask": keep}, self.target.where(keep > 0, -100)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
         self.loss = ids.new_zeros((), dtype=torch.float32)
 
     def __call__(self) -> None:
         with torch.autocast(self.ids.device.type, torch.bfloat16):
-            hidden = self.body(input_ids=self.ids, use_cache=False).last_hidden_state
+            hidden = self.body(input_ids=self.ids, use_cache=False, **self.keep).last_hidden_state
             loss = linear_cross_entropy(hidden.flatten(0, 1), self.head, self.target.flatten())
         loss.backward()
         self.optimizer.step()
@@ -234,17 +239,31 @@ class TrainingStep:
 
 
 def training_step(
-    build: Build, config: LinformerConfig, tokens: int, device: torch.device, options: dict | None
+    build: Build,
+    config: LinformerConfig,
+    tokens: int,
+    device: torch.device,
+    options: dict | None,
+    uneven: bool = False,
 ) -> Entrant:
-    """A step of ``tokens`` tokens in rows of ``config.seq_length``, one at least; always the same weights and ids."""
+    """A step of ``tokens`` tokens in rows of ``config.seq_length``, one at least; always the same weights and ids.
+
+    ``uneven``: rows hold from half of that to all of it, behind their padding.
+    """
     torch.manual_seed(0)
     with device:
         model = build(config).train()
         rows = max(1, tokens // config.seq_length)
-        step = TrainingStep(
-            model, torch.randint(config.vocab_size, (rows, config.seq_length)), not config.causal, options
-        )
+        ids = torch.randint(config.vocab_size, (rows, config.seq_length))
+        keep = uneven_rows(*ids.shape) if uneven else None
+        step = TrainingStep(model, ids, not config.causal, keep, options)
     return Entrant(step, step.ids.numel(), facts=step.facts)
+
+
+def uneven_rows(rows: int, tokens: int) -> Tensor:
+    """A mask [rows, tokens], padded on the left: the first row is whole, others hold down to half of it, in eighths."""
+    padding = torch.arange(rows) % 5 * (tokens // 8)
+    return (torch.arange(tokens) >= padding[:, None]).long()
 
 
 def prefill(build: Build, config: LinformerConfig, batch: int, device: torch.device, options: dict | None) -> Entrant:

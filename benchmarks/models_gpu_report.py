@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from benchmarks.models_gpu_cases import BOUND, FULL, OURS
+from benchmarks.models_gpu_cases import BOUND, FULL, OURS, UNEVEN
 from benchmarks.report_file import machine, table
 
 RIVALS = {"training": ("GPT-2", "Llama"), "encoder": ("BERT",)}
@@ -159,6 +159,11 @@ def training_tables(result: dict, section: str, title: str) -> list[str]:
         "default mode, everything but the loss and the optimizer. Bound: the same model, the sum of q, k and v in the "
         "place of normalisation, rotation, mixing and attention. Peak memory: model, optimizer and one step."
     )
+    if any(name == UNEVEN for _n, _mode, name in rows):
+        text += (
+            f" *{UNEVEN.partition(', ')[2].capitalize()}*: from half of n to all of it, about three quarters on "
+            "average, padded on the left; its tokens per second count the padding."
+        )
     return ["", f"## {title}", "", text, *table(head, body), *comparison_table(result, section)]
 
 

@@ -327,6 +327,16 @@ def test_a_compiled_static_cache_gives_the_logits_of_a_dynamic_one(tmp_path):
     assert static["cache_bytes"] > dynamic["cache_bytes"]
 
 
+def test_rows_of_different_lengths_are_decoded_compiled(tmp_path):
+    plan = decoding_gpu.SMOKE._replace(names=(decoding_gpu_cases.UNEVEN,), size=cases.Size(32, 1, 2, 384))
+    (row,) = decoding_gpu.run(tmp_path / "decoding.json", plan, CPU, seconds=3600)["decoding"]  # not of one row
+    assert row["batch"] == 2
+    assert row["ms"][0] > 0
+    models = decoding_gpu_cases.Models(plan.size, plan.seq_length, plan.slots, plan.block, plan.window, CPU)
+    cache = decoding_gpu_cases.Situation(models, 72, 6, plan.tokens, plan.compiler).linformer_cache(uneven=True)
+    assert cache.layers[0].seen.tolist() == [64, 56, 48, 40, 32, 64]
+
+
 class StandsStill(decoding_gpu_cases.Decoder):
     """Sees the same cache at every token, as a replayed graph does whose cache is replaced and not written to."""
 

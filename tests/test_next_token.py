@@ -385,14 +385,19 @@ def test_a_compiled_cache_that_is_handed_out_is_not_used_again(build, tiny_confi
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:::torch", "ignore:.*should not be instantiated:DeprecationWarning")
-def test_generate_in_cuda_graphs(build, tiny_config):
+@pytest.mark.parametrize("padding", [(0, 0, 0, 0), (5, 0, 8, 3)])
+def test_generate_in_cuda_graphs(padding, build, tiny_config):
+    """Also of rows of different lengths, padded on the left, each as it is alone."""
     config = tiny_config(
         **CONFIG | {"embed_dim": 128, "vocab_size": 1000, "num_key_value_heads": 2, "eos_token_id": None}
     )
     model = build(LinformerForCausalLM, config, dtype=torch.float32).to(DEVICE)
     ids = torch.randint(1, 1000, (4, 9), device=DEVICE)
+    mask = (torch.arange(9) >= torch.tensor(padding)[:, None]).long().to(DEVICE)
     greedy = GenerationConfig(do_sample=False, max_new_tokens=100, pad_token_id=0)
-    expected = model.generate(ids, generation_config=greedy)
+    rows = [row[None, kept > 0] for row, kept in zip(ids, mask, strict=True)]
+    expected = torch.cat([model.generate(row, generation_config=greedy)[:, -100:] for row in rows])
+    static = {"generation_config": greedy, "cache_implementation": "static"}
     for _ in range(2):
-        compiled = model.generate(ids, generation_config=greedy, cache_implementation="static")
+        compiled = model.generate(ids, attention_mask=mask, **static)[:, 9:]
         assert (compiled == expected).float().mean() > 0.9  # a near tie may fall the other way, and change what follows
