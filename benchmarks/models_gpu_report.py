@@ -11,6 +11,8 @@ SECTIONS = ("training", "prefill", "encoder")
 RIVAL_TARGET, BOUND_TARGET = {1024: 1.0}, 0.8
 # Compiled and eager steps start from the same weights and ids: their losses must stay this near.
 SAME_LOSS = 0.05
+# Of the longest kernels that a result lists.
+SHOWN = 12
 MODES = ("compiled", "eager")
 
 
@@ -213,7 +215,8 @@ def profile_tables(rows: list[dict], line: Callable[[dict], str]) -> list[str]:
     for row in (row for row in rows if "profile" in row and row["variant"].startswith(("linpass", "bound"))):
         found = row["profile"]
         lines += ["", f"{line(row)}: {100 * found['outside_kernels']:.1f} % of the time outside of kernels."]
-        share = [[f"`{name}`", count, ms, f"{100 * ms / found['call_ms']:.1f} %"] for name, count, ms in found["top"]]
+        longest = found["top"][:SHOWN]
+        share = [[f"`{name}`", count, ms, f"{100 * ms / found['call_ms']:.1f} %"] for name, count, ms in longest]
         lines += table(["kernel", "launches", "ms", "of the call"], share)
     head = [
         "",

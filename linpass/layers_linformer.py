@@ -28,6 +28,7 @@ from .attention_linformer import (
     sequence_centres,
     slot_centres,
 )
+from .attention_linformer import normalise_and_rotate as normalise_and_rotate_in_pytorch
 from .cache_linformer import LinformerCache, LinformerCacheLayer
 from .configuration_linformer import LinformerConfig
 from .kernels_linformer import (
@@ -240,7 +241,9 @@ class LinformerAttention(nn.Module):
         """Queries, keys as slots mix them, and keys as queries see them; of an encoder they see slots alone."""
         eps = self.config.norm_eps if self.config.qk_norm else None
         wanted = {"keeps_key": self.k > 0, "rotates_key": self.is_causal or not self.k}
-        return normalise_and_rotate(query, key, eps, angles, **wanted)
+        eager = self.config._attn_implementation == "eager"
+        function = normalise_and_rotate_in_pytorch if eager else normalise_and_rotate
+        return function(query, key, eps, angles, **wanted)
 
     def _attend_both_ways(self, query, key, rotated, value, weights, grid, slot_angles):
         """Section 4 of the paper: all queries, k slots that mix the whole row; k = 0 is full attention."""

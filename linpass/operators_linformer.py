@@ -496,11 +496,12 @@ def _normalise_and_rotate(query, key, cos, sin, eps, norms_key, rotates_key):
     (batch, heads, tokens, dim), groups = query.shape, key.shape[1] if any(wanted) else 0
     cos, sin = _angle_rows(cos, batch), _angle_rows(sin, batch)
     grid, sizes = _rows_and_heads(batch, heads, groups, tokens, dim)
+    key_like = rotated if rotates_key else key_out if norms_key else key
     launch(
         kernels.normalise_and_rotate_kernel, grid, Tile(0, 0, 4, 1),
         (query, key, cos, sin, query_out, key_out, rotated),
         (
-            *map(_strides, (query, key, query_out, rotated if rotates_key else key_out)), _strides(cos)[0],
+            *map(_strides, (query, key, query_out, key_like)), _strides(cos)[0],
             tokens, heads, eps or 0.0, eps is not None, cos is not None, *wanted, dim, *sizes,
         ),
     )  # fmt: skip

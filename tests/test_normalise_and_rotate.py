@@ -71,6 +71,7 @@ CASES = [pytest.param(Case(**changes), id=str(changes)) for changes in SMALL] + 
         {"rotary": False, "dim": 128},
         {"rotates_key": False, "dim": 256},
         {"keeps_key": False},
+        {"norm": False, "rotates_key": False},
         {"dim": 40, "memory": "fused"},
         {"dim": 128, "angle_dtype": torch.float32, "angles": "longer"},
     )
@@ -274,7 +275,7 @@ def test_it_is_part_of_a_compiled_graph(changes, used, kernels):
         assert relative_error(one, other) < GRADIENT[torch.float32]
 
 
-@pytest.mark.parametrize("case", CASES[:1] + CASES[9:19])
+@pytest.mark.parametrize("case", CASES[:1] + CASES[9:19] + CASES[-10:])
 def test_the_operators_keep_their_promises(case, kernels):
     """Schema, and shapes, dtypes and strides that torch.compile is told."""
     leaves, (eps, angles, *_) = make(case)
