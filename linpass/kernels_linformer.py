@@ -230,14 +230,15 @@ def normalise_and_rotate(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`attention_linformer.normalise_and_rotate`, in one launch each way where :func:`_fits`.
 
-    PyTorch's functions for the next token alone, whose time is the processor's: they are started in C++.
+    PyTorch's functions for the next token alone, whose time is the processor's: they are started in C++; and under
+    torch.compile, which makes as few kernels of them, as fast as this one.
 
     Cost: every number read once, and once more from a cache, and written once; memory O(B·T·(H + G)·D).
     """
     states = query, key = query_BTHD.transpose(1, 2), key_BTGD.transpose(1, 2)
     tokens, nothing = query.shape[2], eps is None and angles is None
     known = query.dtype == key.dtype and (angles is None or angles[0].shape[-2] >= tokens)
-    if nothing or tokens == 1 or not known or not _fits(states, NO_BLOCKS):
+    if nothing or tokens == 1 or torch.compiler.is_compiling() or not known or not _fits(states, NO_BLOCKS):
         return plain.normalise_and_rotate(query_BTHD, key_BTGD, eps, angles, keeps_key, rotates_key)
     rotates_key = rotates_key and angles is not None
     norms_key = eps is not None and (keeps_key or not rotates_key)

@@ -222,6 +222,8 @@ def _mix(key, value, key_weight, value_weight, cos, sin, number, layout):
         raise ValueError(f"slot_angles has {cos.shape[-2]} rows; {slots} slots need one each")
     number = _every_row(number, batch)
     cos, sin = _angle_rows(cos, batch), _angle_rows(sin, batch)
+    # The kernel would do it, for every tile: under autocast, where weights are float32, it then took 186 µs, not 68.
+    key_weight, value_weight = (weight.to(key.dtype) for weight in (key_weight, value_weight))
     blocks = max(1, MIXED_TOKENS // b)  # of a program
     tokens = min(MIXED_TOKENS if key.element_size() < 4 else 32, max(16, power_of_two(blocks * b)))
     launch(

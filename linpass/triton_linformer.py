@@ -540,7 +540,7 @@ if triton is not None:
         BLOCKS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
         TOKENS: tl.constexpr, SLOT_TILE: tl.constexpr,
     ):
-        """Slots of BLOCKS blocks, of keys (turned to their positions) and of values."""
+        """Slots of BLOCKS blocks, of keys (turned to their positions) and of values; weights are of their dtype."""
         start = tl.program_id(0) * (BLOCKS * SLOTS)
         stop = tl.minimum(start + BLOCKS * SLOTS, S)
         group = tl.cast(tl.program_id(1), tl.int64)
@@ -565,7 +565,6 @@ if triton is not None:
                 weight, _ = _load_weight(
                     key_weight, key_weight_strides, number, stored, token, slot, token_stop, stop,
                     BLOCK, SLOTS, SEVERAL, NUMBERED)
-                weight = weight.to(keys.dtype)
                 mixed_key = tl.dot(tl.trans(keys), weight, mixed_key, input_precision=PRECISION)
                 if TURNED:
                     keys = _load_rows(key, first, token_stop, key_strides[2], TOKENS, DIM, PADDED, DIM // 2)
@@ -574,8 +573,7 @@ if triton is not None:
                 weight, _ = _load_weight(
                     value_weight, value_weight_strides, number, stored, token, slot, token_stop, stop,
                     BLOCK, SLOTS, SEVERAL, NUMBERED)
-                mixed_value = tl.dot(
-                    tl.trans(values), weight.to(values.dtype), mixed_value, input_precision=PRECISION)
+                mixed_value = tl.dot(tl.trans(values), weight, mixed_value, input_precision=PRECISION)
             mixed_key, mixed_value = tl.trans(mixed_key), tl.trans(mixed_value)
             if TURNED:
                 angles = batch * angle_strides[0]

@@ -662,6 +662,26 @@ def test_weights_of_blocks_that_nobody_sees_have_no_gradient(kernels):
         assert not got[part][:, 6:].any()
 
 
+def test_weights_of_another_precision_are_rounded_before_the_mixing(kernels, monkeypatch):
+    """As under autocast. A kernel that rounds them, tile by tile, is slower by far."""
+    given, launch = [], operators_linformer.launch
+
+    def remember(kernel, grid, tile, tensors, numbers):
+        if kernel is operators_linformer.kernels.mix_kernel:
+            given.append([tensor.dtype for tensor in tensors[:4]])
+        launch(kernel, grid, tile, tensors, numbers)
+
+    monkeypatch.setattr(operators_linformer, "launch", remember)
+    case = Case(dtype=torch.float16, weight_dtype=torch.float32)
+    leaves, grid = make_leaves(case), make_grid(case)
+    rounded = {part: leaf.detach().half() for part, leaf in leaves.items()}
+    output, exact = (fused(kernels, case, each, grid) for each in (leaves, rounded))
+    assert given == [[torch.float16] * 4] * 2
+    assert torch.equal(output, exact)
+    output.sum().backward()
+    assert leaves["E"].grad.dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     "case", [small(dtype=torch.float64), small(dim=300, tokens=20), small(dim=8), small(batch=65536, tokens=1)]
 )

@@ -639,12 +639,10 @@ def test_samples_and_pictures_are_no_training(make_trainer, tokenizer, linformer
     elapsed = time.perf_counter() - start
     spent = sum(after.times) - sum(before.times)
     training = 5 * positions / trainer.state.log_history[-1]["tokens_per_second"]
-    alone = make_trainer([Clock()], linformer, eval_strategy="no", max_steps=5)
-    alone.train()
-    steps = alone.callback_handler.callbacks[1].times
-    shortest = 5 * min(end - begin for begin, end in zip(steps[::2], steps[1::2], strict=True))
+    # From the last callback of a step's beginning to the first of its end, in the same run: machines have slow moments.
+    steps = sum(end - begin for begin, end in zip(after.times[::2], before.times[1::2], strict=True))
     assert spent > 0.1 * elapsed
-    assert 0.5 * shortest < training < elapsed - 0.9 * spent
+    assert 0.9 * steps < training < elapsed - 0.9 * spent
 
 
 def test_utilisation_is_achieved_over_possible_flops(make_trainer):
