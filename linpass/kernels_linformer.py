@@ -412,7 +412,7 @@ class _NormaliseAndRotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query, key, cos, sin, eps, norms_key, rotates_key):
         ctx.save_for_backward(query, key, cos, sin)
-        ctx.eps, ctx.norms_key, ctx.rotates_key = eps, norms_key, rotates_key
+        ctx.eps = eps
         ctx.set_materialize_grads(False)
         results = normalise_and_rotate_op(query, key, cos, sin, eps, norms_key, rotates_key)
         of_query, of_key = ctx.needs_input_grad[:2]
@@ -423,8 +423,6 @@ class _NormaliseAndRotate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_query, grad_key, grad_rotated):
         query, key, cos, sin = ctx.saved_tensors
-        # torch.compile gives zeros where there is no gradient: none of the size of what was not made
-        grad_key, grad_rotated = grad_key if ctx.norms_key else None, grad_rotated if ctx.rotates_key else None
         of_query, of_key = grad_query is not None, grad_key is not None or grad_rotated is not None
         if not of_query:
             grad_query = torch.zeros_like(query)

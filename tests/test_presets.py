@@ -51,8 +51,9 @@ def test_base_is_the_model_that_measures_best():
     model = parse("--preset", "base").model
     wanted = {"embed_dim": 512, "depth": 8, "heads": 8, "seq_length": 1024, "k": 128, "block_size": 32}
     wanted |= {"window_size": 128, "projection": "convolution", "projection_sharing": "none", "rank": None}
-    wanted |= {"position_embedding": "rotary", "qk_norm": True, "dropout": 0.0}
+    wanted |= {"position_embedding": "rotary", "qk_norm": False, "dropout": 0.0}
     assert {name: getattr(model, name) for name in wanted} == wanted
+    assert parse("--preset", "base").training.learning_rate == 1.6e-3  # of this model without QK-norm
 
 
 def test_without_flags_the_preset_is_tiny():
