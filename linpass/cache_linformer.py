@@ -13,6 +13,12 @@ from .attention_linformer import TokenGrid
 from .configuration_linformer import LinformerConfig
 
 
+def layer_sizes(config: LinformerConfig) -> list[tuple[int, int, int, int]]:
+    """Of each layer's cache: slots, slots per block, tokens of a block and of the window."""
+    block, window = config.block_size, config.window_size
+    return [(*slots, block, window) for slots in zip(config.every_k, config.every_slots_per_block, strict=True)]
+
+
 class LinformerCacheLayer(CacheLayerMixin):
     """What one layer remembers: the last w tokens exactly, complete blocks as slots, and the block under way.
 
@@ -43,15 +49,9 @@ class LinformerCacheLayer(CacheLayerMixin):
     def __init__(self, config: LinformerConfig, layer_idx: int, is_compileable: bool = False):
         super().__init__()
         self.is_compileable = is_compileable
-        self.sizes = self.sizes_for(config, layer_idx)
+        self.sizes = layer_sizes(config)[layer_idx]
         self.slots, self.slots_per_block, self.block_size, self.window_size = self.sizes
         self.visible_blocks = self.slots // self.slots_per_block if self.slots else 0
-
-    @staticmethod
-    def sizes_for(config: LinformerConfig, layer_idx: int) -> tuple[int, int, int, int]:
-        """Slots, slots per block, tokens of a block and of the window."""
-        slots, per_block = config.layer_k(layer_idx), config.slots_per_block(layer_idx)
-        return slots, per_block, config.block_size, config.window_size
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Memory for batch, heads, dtype and device of ``key_states`` [B, G, *, D], unless it is there already."""
@@ -358,8 +358,7 @@ class LinformerCache(Cache):
 
     def fits(self, config: LinformerConfig) -> bool:
         """Whether layers, slots, blocks and window are those of ``config``, and heads, where there is memory."""
-        wanted = [LinformerCacheLayer.sizes_for(config, layer_idx) for layer_idx in range(config.depth)]
-        if [layer.sizes for layer in self.layers] != wanted:
+        if [layer.sizes for layer in self.layers] != layer_sizes(config):
             return False
         keys, heads = self.layers[0].keys, (config.num_key_value_heads, config.head_dim)
         return keys is None or (keys.shape[1], keys.shape[3]) == heads

@@ -113,13 +113,26 @@ class LinformerConfig(PretrainedConfig):
         """Features per head."""
         return self.embed_dim // self.heads
 
+    # Attributes are read once where many would do: transformers' configurations look twice at every name.
+    @property
+    def every_k(self) -> list[int]:
+        """Slots of each layer for a sequence of ``seq_length`` tokens."""
+        k = self.k
+        return k if isinstance(k, list) else [k] * self.depth
+
     def layer_k(self, layer_idx: int) -> int:
-        """Slots of layer ``layer_idx`` for a sequence of ``seq_length`` tokens."""
-        return self.k[layer_idx] if isinstance(self.k, list) else self.k
+        """Slots of layer ``layer_idx``."""
+        return self.every_k[layer_idx]
+
+    @property
+    def every_slots_per_block(self) -> list[int]:
+        """r, the slots that one block of each layer gives; 0 without slots (causal)."""
+        block, tokens = self.block_size, self.seq_length
+        return [k * block // tokens for k in self.every_k]
 
     def slots_per_block(self, layer_idx: int) -> int:
-        """r, the slots that one block of layer ``layer_idx`` gives; 0 without slots (causal)."""
-        return self.layer_k(layer_idx) * self.block_size // self.seq_length
+        """r of layer ``layer_idx``."""
+        return self.every_slots_per_block[layer_idx]
 
     @property
     def max_tokens(self) -> int | None:
@@ -128,9 +141,8 @@ class LinformerConfig(PretrainedConfig):
         Only what has no weights per position runs on: rotary positions with convolution, pooling or no slots at all.
         An encoder stops at ``seq_length``: its k slots stand for a sequence of that length.
         """
-        has_slots = any(self.layer_k(layer_idx) for layer_idx in range(self.depth))
         endless_positions = self.position_embedding == "rotary"
-        endless_slots = not has_slots or (self.causal and self.projection != "learned")
+        endless_slots = not any(self.every_k) or (self.causal and self.projection != "learned")
         return None if endless_positions and endless_slots else self.seq_length
 
     @classmethod

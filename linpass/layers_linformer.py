@@ -183,6 +183,7 @@ class LinformerAttention(nn.Module):
         self.heads, self.key_value_heads, self.head_dim = config.heads, config.num_key_value_heads, config.head_dim
         self.num_key_value_groups = self.heads // self.key_value_heads
         self.is_causal = config.causal
+        self.qk_norm_eps = config.norm_eps if config.qk_norm else None
         self.k = config.layer_k(layer_idx)
         self.slots_per_block = config.slots_per_block(layer_idx) if config.causal else 0
         self.layout = BlockLayout(
@@ -239,11 +240,10 @@ class LinformerAttention(nn.Module):
 
     def _normalise_and_rotate(self, query, key, angles):
         """Queries, keys as slots mix them, and keys as queries see them; of an encoder they see slots alone."""
-        eps = self.config.norm_eps if self.config.qk_norm else None
         wanted = {"keeps_key": self.k > 0, "rotates_key": self.is_causal or not self.k}
         eager = self.config._attn_implementation == "eager"
         function = normalise_and_rotate_in_pytorch if eager else normalise_and_rotate
-        return function(query, key, eps, angles, **wanted)
+        return function(query, key, self.qk_norm_eps, angles, **wanted)
 
     def _attend_both_ways(self, query, key, rotated, value, weights, grid, slot_angles):
         """Section 4 of the paper: all queries, k slots that mix the whole row; k = 0 is full attention."""

@@ -163,7 +163,7 @@ class LinformerModel(LinformerPreTrainedModel):
             angles, slot_angles = None, {}
         else:
             angles = self._angles(grid.positions_BN(), hidden_states.dtype)
-            slots = {self.config.layer_k(layer_idx) for layer_idx in range(self.config.depth)} - {0}
+            slots = set(self.config.every_k) - {0}
             exact_enough = torch.promote_types(hidden_states.dtype, torch.float32)  # sums of a block are in it
             slot_angles = {k: self._angles(slot_positions(self.config, k, grid), exact_enough) for k in sorted(slots)}
         hidden_states = self.dropout(hidden_states)
