@@ -1,8 +1,9 @@
-"""Where the processor's time goes in a call of attention: ``python -m benchmarks.attention_host RESULT.json``, seconds.
+"""Where the time of a processor goes in a call of attention: ``python -m benchmarks.attention_host RESULT.json``.
 
 Our kernels are named, with every argument that they take, but not started: what remains is Python, PyTorch's autograd
 and its dispatcher, which a lone call of few tokens waits for (docs/speed.md). It needs Triton, and no GPU; with one,
-what the kernels add when they are started is measured, too. Nothing else should run beside it.
+what the kernels add when they are started is measured, too. Whole models, so narrow that little is computed, read a
+prompt and one more token beside Llama. Nothing else should run beside it.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,25 +22,29 @@ from torch import Tensor
 from benchmarks import attention_gpu_bidirectional as bidirectional
 from benchmarks import attention_gpu_cases as cases
 from benchmarks.environment import describe
+from benchmarks.models_gpu_cases import Size, config_for
 from benchmarks.report_file import Report, command_line, machine, table
 from linpass import kernels_linformer, launch_linformer, operators_linformer
+from linpass.training.architectures import build_model
 
 CALLS, BATCHES = 200, 15
+MODEL_CALLS = 20
 # One row of few tokens: what is computed by PyTorch's own operators takes as little as it can.
 CAUSAL = cases.Shape(8, 64, 32, 8, 16)
 BOTH_WAYS = cases.Shape(8, 64, 32, 8, 32, window=0)
+MODEL, PROMPT = Size(embed_dim=32, heads=2, vocab_size=384), 64
 
 
-def microseconds(call: Callable[[], object]) -> list[float]:
-    """Of one call: median, lower and upper quartile of the means of batches."""
-    for _ in range(CALLS):
+def microseconds(call: Callable[[], object], calls: int) -> list[float]:
+    """Of one call: median, lower and upper quartile of the means of batches of so many."""
+    for _ in range(calls):
         call()
     means = []
     for _ in range(BATCHES):
         began = time.perf_counter()
-        for _ in range(CALLS):
+        for _ in range(calls):
             call()
-        means.append((time.perf_counter() - began) / CALLS * 1e6)
+        means.append((time.perf_counter() - began) / calls * 1e6)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
     low, middle, high = statistics.quantiles(means, n=4)
@@ -117,6 +123,24 @@ def calls_of(shape: cases.Shape, build: Callable, operators: tuple[str, str]) ->
     }
 
 
+def models() -> dict[str, Callable[[], object]]:
+    """Whole models: a prompt that leaves a cache, and the next token after it, again and again."""
+    device, found = torch.device("cuda" if torch.cuda.is_available() else "cpu"), {}
+    config = config_for(MODEL, PROMPT, 16, 16, window_size=32)
+    for name, architecture in (("linpass", "linformer"), ("Llama", "llama")):
+        model = build_model(architecture, config).to(device).eval()
+        ids = torch.randint(MODEL.vocab_size, (1, PROMPT), device=device)
+        past = advance(model, ids, None).past_key_values
+        found[f"a prompt, {name}"] = partial(advance, model, ids, None)
+        found[f"the next token, {name}"] = partial(advance, model, ids[:, :1], past)
+    return found
+
+
+@torch.no_grad()
+def advance(model: Any, ids: Tensor, past: Any) -> Any:
+    return model(input_ids=ids, past_key_values=past, use_cache=True, logits_to_keep=1)
+
+
 def measure(report: Report, started: bool) -> None:
     ways = {
         "causal": (CAUSAL, cases.OURS.build, ("mix_and_attend_op", "mix_and_attend_backward_op")),
@@ -126,10 +150,14 @@ def measure(report: Report, started: bool) -> None:
             ("mix_sequence_and_attend_op", "mix_sequence_and_attend_backward_op"),
         ),
     }
+    kernels = "started" if started else "named"
     for way, arguments in ways.items():
         for what, call in calls_of(*arguments).items():
-            names = {"attention": way, "what": what, "kernels": "started" if started else "named"}
-            report.add("host", names, lambda call=call: {"us": microseconds(call)})
+            names = {"attention": way, "what": what, "kernels": kernels}
+            report.add("host", names, lambda call=call: {"us": microseconds(call, CALLS)})
+    for what, call in models().items():
+        names = {"attention": "whole model", "what": what, "kernels": kernels}
+        report.add("host", names, lambda call=call: {"us": microseconds(call, MODEL_CALLS)})
 
 
 def line(row: dict) -> str:
@@ -147,7 +175,8 @@ def page(result: dict) -> str:
         "",
         f"Microseconds of a call of one row of {CAUSAL.tokens} tokens, 8 heads of 64: median of {BATCHES} batches of "
         f"{CALLS}. Kernels are *named*, with all their arguments, and not started, or *started*; six products of "
-        "matrices of the bidirectional call are PyTorch's, and computed.",
+        "matrices of the bidirectional call are PyTorch's, and computed. Whole models have "
+        f"{MODEL.depth} layers, {MODEL.embed_dim} wide, and a prompt of {PROMPT} tokens; batches of {MODEL_CALLS}.",
         *table(["attention", "what", "kernels", "µs"], body),
     ]
     return "\n".join(text) + "\n"

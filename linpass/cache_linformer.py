@@ -28,6 +28,9 @@ class LinformerCacheLayer(CacheLayerMixin):
     Tokens are written in place, unless a gradient is recorded through them: CUDA graphs and compiled steps write where
     the last step wrote. What chooses or moves rows makes new tensors.
 
+    Args:
+        sizes: this layer's of :func:`layer_sizes`.
+
     Attributes:
         keys, values: ring of the last w tokens, [B, G, W, D]; keys rotated; token i at ring position ``i % w``.
         slot_keys, slot_values: complete blocks, [B, G, K, D]; keys rotated; block c at row ``c % (k / r) * r``.
@@ -46,11 +49,10 @@ class LinformerCacheLayer(CacheLayerMixin):
     _rows = ("keys", "values", "slot_keys", "slot_values", "block_keys", "block_values", "seen", "arrived")
     _tensors = (*_rows, "columns")
 
-    def __init__(self, config: LinformerConfig, layer_idx: int, is_compileable: bool = False):
+    def __init__(self, sizes: tuple[int, int, int, int], is_compileable: bool = False):
         super().__init__()
         self.is_compileable = is_compileable
-        self.sizes = layer_sizes(config)[layer_idx]
-        self.slots, self.slots_per_block, self.block_size, self.window_size = self.sizes
+        self.sizes = self.slots, self.slots_per_block, self.block_size, self.window_size = sizes
         self.visible_blocks = self.slots // self.slots_per_block if self.slots else 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -353,8 +355,7 @@ class LinformerCache(Cache):
     """
 
     def __init__(self, config: LinformerConfig, is_compileable: bool = False):
-        layers = [LinformerCacheLayer(config, layer_idx, is_compileable) for layer_idx in range(config.depth)]
-        super().__init__(layers=layers)
+        super().__init__(layers=[LinformerCacheLayer(sizes, is_compileable) for sizes in layer_sizes(config)])
 
     def fits(self, config: LinformerConfig) -> bool:
         """Whether layers, slots, blocks and window are those of ``config``, and heads, where there is memory."""

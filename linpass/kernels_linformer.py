@@ -243,7 +243,8 @@ def normalise_and_rotate(
     rotates_key = rotates_key and angles is not None
     norms_key = eps is not None and (keeps_key or not rotates_key)
     wanted = norms_key, rotates_key
-    query, normal, rotated = _NormaliseAndRotate.apply(query, key, *(angles or (None, None)), eps, *wanted)
+    run = _NormaliseAndRotate.apply if torch.is_grad_enabled() else normalise_and_rotate_op
+    query, normal, rotated = run(query, key, *(angles or (None, None)), eps, *wanted)
     key = normal if norms_key else key
     rotated = rotated if rotates_key else key
     return query, key if keeps_key else rotated, rotated

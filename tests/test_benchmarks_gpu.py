@@ -332,5 +332,7 @@ def test_the_processors_time_is_measured_without_starting_a_kernel(tmp_path, mon
             "backward: the operator",
             "a function that does nothing, both passes",
         )
+    } | {
+        ("whole model", f"{what}, {model}") for what in ("a prompt", "the next token") for model in ("linpass", "Llama")
     }
     assert "| causal | forward: the operator | named |" in (tmp_path / "host.md").read_text()
