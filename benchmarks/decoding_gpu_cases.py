@@ -159,9 +159,9 @@ class Situation:
 
 
 @torch.no_grad()
-def advance(model: Any, ids: Tensor, cache: Any) -> Tensor:
+def advance(model: Any, ids: Tensor, cache: Any, **mask: Tensor) -> Tensor:
     """Logits behind the last of ``ids``, [B, V]; the cache holds them from now on."""
-    return model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+    return model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **mask).logits[:, -1]
 
 
 class Decoder:
@@ -169,10 +169,11 @@ class Decoder:
 
     def __init__(self, model: Any, cache: Any, ids: Tensor):
         self.model, self.cache, self.ids = model, cache, ids.clone()
+        self.mask: dict[str, Tensor] = {}
         self.logits = torch.empty(0)
 
     def step(self) -> None:
-        self.logits = advance(self.model, self.ids, self.cache)
+        self.logits = advance(self.model, self.ids, self.cache, **self.mask)
         self.ids.copy_(self.logits.argmax(-1, keepdim=True))
 
     def entrant(self, situation: Situation, model: str, rewind=lambda: None) -> Entrant:
@@ -236,10 +237,14 @@ def linformer_way(situation: Situation, kind: type[Decoder], *options: dict) -> 
 
 
 def linformer_uneven(situation: Situation) -> Entrant:
-    """Rows of different lengths in one compiled step, which must give what the eager step gives."""
+    """Rows of different lengths in one compiled step, which must give what the eager step gives.
+
+    With the mask of the new tokens, as ``generate`` gives it.
+    """
     for kind, options in ((Decoder, ()), (CompiledDecoder, (situation.options,))):
         cache = situation.linformer_cache(kind is CompiledDecoder, uneven=True)
         decoder = kind(situation.models.linformer, cache, situation.checked[:, :1], *options)
+        decoder.mask = {"attention_mask": torch.ones_like(decoder.ids)}
         entrant = decoder.entrant(situation, UNEVEN)
     return entrant
 

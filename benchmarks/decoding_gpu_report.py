@@ -99,7 +99,7 @@ def page(result: dict) -> str:
         f"{where['rounds']} × {where['tokens']} tokens; medians [quartiles] of the milliseconds of a token. Every way "
         "but `generate` gives the logits of its model's eager way for the same tokens, or it is not timed. Compiled: "
         '`torch.compile(mode="reduce-overhead", fullgraph=True)`. Llama attends through sdpa. Rows of different '
-        "lengths hold from half of the context to all of it.",
+        "lengths hold from half of the context to all of it, and are given a mask, as `generate` gives one.",
     ]
     rows = measured(result)
     for batch in sorted({key[1] for key in rows}):

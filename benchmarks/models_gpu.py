@@ -138,6 +138,7 @@ def describe(device: torch.device, plan: Plan, command: str) -> dict:
         "calls": plan.rounds.calls,
         "prefill_calls": plan.prefill_rounds.rounds * plan.prefill_rounds.calls,
         "rivals_masks": "none",
+        "qk_norm": cases.preset()["qk_norm"],
         "command": command,
     }
 

@@ -228,7 +228,6 @@ def normalise_and_rotate(
     key_BTGD: Tensor,
     eps: float | None,
     angles: tuple[Tensor, Tensor] | None,
-    keeps_key: bool = True,
     rotates_key: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""Queries and keys as attention takes them: each head :math:`x / \sqrt{\mathrm{mean}(x^2) + \epsilon}`, turned.
@@ -239,9 +238,9 @@ def normalise_and_rotate(
         query_BTHD, key_BTGD: as the projections give them.
         eps: of the norm; None: no norm.
         angles: of :func:`rotary_angles`; None: nothing is turned.
-        keeps_key, rotates_key: whether keys that are not turned are wanted, and whether rotated ones are.
+        rotates_key: whether rotated keys are wanted.
 
-    Returns: queries, rotated, [B, H, T, D]; keys, [B, G, T, D]; and keys rotated. What is not wanted is the other one.
+    Returns: queries, rotated, [B, H, T, D]; keys, [B, G, T, D]; and keys rotated, the same tensor where they are not.
     """
     if eps is not None:  # before heads and tokens change places: norms copy what is not contiguous
         query_BTHD, key_BTGD = (
@@ -250,8 +249,7 @@ def normalise_and_rotate(
     query, key = query_BTHD.transpose(1, 2), key_BTGD.transpose(1, 2)
     if angles is None:
         return query, key, key
-    rotated = rotate(key, angles) if rotates_key else key
-    return rotate(query, angles), key if keeps_key else rotated, rotated
+    return rotate(query, angles), key, rotate(key, angles) if rotates_key else key
 
 
 def mix_blocks(states_BGND: Tensor, weight_XCPR: Tensor, block_BC: Tensor | None = None) -> Tensor:

@@ -221,7 +221,8 @@ class LinformerCacheLayer(CacheLayerMixin):
             newest["slot_values"] = _ring_of(slot_values, self.slots, slots_B)
         has_memory = self.is_compileable or self._has_memory_for(key_BGND)
         if torch.is_grad_enabled() or not has_memory:
-            newest = {name: _on_its_own(states) for name, states in newest.items()}
+            given = {"keys": key_BGND, "values": value_BGND}
+            newest = {name: _on_its_own(states, given.get(name)) for name, states in newest.items()}
         if has_memory:
             self.lazy_initialization(key_BGND, value_BGND)
             self._write(**newest)
@@ -400,13 +401,14 @@ class LinformerCache(Cache):
         return sum(getattr(layer, name).nbytes for layer in layers for name in layer._tensors)
 
 
-def _on_its_own(states: Tensor) -> Tensor:
+def _on_its_own(states: Tensor, given: Tensor | None = None) -> Tensor:
     """In memory that holds nothing else, that nobody else has, and that no gradient needs as it is.
 
-    Of a view nobody knows who else has what it views; in inference mode not even whether it is one.
+    Others may have what was ``given``. Of a view nobody knows who else has what it views; in inference mode not even
+    whether it is one.
     """
     is_free = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or states.is_inference())
-    if is_free and not states._is_view() and states.is_contiguous():
+    if is_free and states is not given and not states._is_view() and states.is_contiguous():
         return states
     return states.clone(memory_format=torch.contiguous_format)
 

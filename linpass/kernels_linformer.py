@@ -225,7 +225,6 @@ def normalise_and_rotate(
     key_BTGD: Tensor,
     eps: float | None,
     angles: tuple[Tensor, Tensor] | None,
-    keeps_key: bool = True,
     rotates_key: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`attention_linformer.normalise_and_rotate`, in one launch each way where :func:`_fits`.
@@ -239,15 +238,12 @@ def normalise_and_rotate(
     tokens, nothing = query.shape[2], eps is None and angles is None
     known = query.dtype == key.dtype and (angles is None or angles[0].shape[-2] >= tokens)
     if nothing or tokens == 1 or torch.compiler.is_compiling() or not known or not _fits(states, NO_BLOCKS):
-        return plain.normalise_and_rotate(query_BTHD, key_BTGD, eps, angles, keeps_key, rotates_key)
+        return plain.normalise_and_rotate(query_BTHD, key_BTGD, eps, angles, rotates_key)
     rotates_key = rotates_key and angles is not None
-    norms_key = eps is not None and (keeps_key or not rotates_key)
-    wanted = norms_key, rotates_key
     run = _NormaliseAndRotate.apply if torch.is_grad_enabled() else normalise_and_rotate_op
-    query, normal, rotated = run(query, key, *(angles or (None, None)), eps, *wanted)
-    key = normal if norms_key else key
-    rotated = rotated if rotates_key else key
-    return query, key if keeps_key else rotated, rotated
+    query, normal, rotated = run(query, key, *(angles or (None, None)), eps, rotates_key)
+    key = key if eps is None else normal
+    return query, key, rotated if rotates_key else key
 
 
 def _fits(tensors: tuple[Tensor, ...], layout: BlockLayout) -> bool:
@@ -408,24 +404,23 @@ class _MixSequenceAndAttend(torch.autograd.Function):
 
 
 class _NormaliseAndRotate(torch.autograd.Function):
-    """Keeps the inputs."""
+    """Keeps the angles, and for a norm the inputs."""
 
     @staticmethod
-    def forward(ctx: Any, query, key, cos, sin, eps, norms_key, rotates_key):
-        ctx.save_for_backward(query, key, cos, sin)
+    def forward(ctx: Any, query, key, cos, sin, eps, rotates_key):
+        states = (None, None) if eps is None else (query, key)
+        ctx.save_for_backward(*states, cos, sin)
         ctx.eps = eps
         ctx.set_materialize_grads(False)
-        results = normalise_and_rotate_op(query, key, cos, sin, eps, norms_key, rotates_key)
+        results = normalise_and_rotate_op(query, key, cos, sin, eps, rotates_key)
         of_query, of_key = ctx.needs_input_grad[:2]
         ctx.mark_non_differentiable(*(() if of_query else results[:1]), *(() if of_key else results[1:]))
         return results
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_query, grad_key, grad_rotated):
-        query, key, cos, sin = ctx.saved_tensors
-        of_query, of_key = grad_query is not None, grad_key is not None or grad_rotated is not None
-        if not of_query:
-            grad_query = torch.zeros_like(query)
-        found = normalise_and_rotate_backward_op(grad_query, grad_key, grad_rotated, query, key, cos, sin, ctx.eps)
-        return found[0] if of_query else None, found[1] if of_key else None, None, None, None, None, None
+    def backward(ctx: Any, *grads):
+        """Of queries, of keys and of rotated keys, None where nothing follows from them."""
+        of_query, of_key = grads[0] is not None, grads[1] is not None or grads[2] is not None
+        grad_query, grad_key = normalise_and_rotate_backward_op(*grads, *ctx.saved_tensors, ctx.eps)
+        return grad_query if of_query else None, grad_key if of_key else None, None, None, None, None

@@ -239,11 +239,13 @@ class LinformerAttention(nn.Module):
         return self.o_proj(grid.restore(output.transpose(1, 2).flatten(2))), probabilities
 
     def _normalise_and_rotate(self, query, key, angles):
-        """Queries, keys as slots mix them, and keys as queries see them; of an encoder they see slots alone."""
-        wanted = {"keeps_key": self.k > 0, "rotates_key": self.is_causal or not self.k}
-        eager = self.config._attn_implementation == "eager"
-        function = normalise_and_rotate_in_pytorch if eager else normalise_and_rotate
-        return function(query, key, self.qk_norm_eps, angles, **wanted)
+        """Queries, keys as slots mix them, and keys as queries see them; of an encoder they see slots alone.
+
+        Without slots attention may be anybody's, and takes gradients of gradients: so does what PyTorch does here.
+        """
+        ours = self.k and self.config._attn_implementation != "eager"
+        function = normalise_and_rotate if ours else normalise_and_rotate_in_pytorch
+        return function(query, key, self.qk_norm_eps, angles, rotates_key=self.is_causal or not self.k)
 
     def _attend_both_ways(self, query, key, rotated, value, weights, grid, slot_angles):
         """Section 4 of the paper: all queries, k slots that mix the whole row; k = 0 is full attention."""

@@ -98,7 +98,7 @@ if triton is not None:
         query, key, cos, sin, query_out, key_out, rotated,
         query_strides, key_strides, query_out_strides, key_out_strides, angle_stride,
         N, heads, eps,
-        NORM: tl.constexpr, TURN: tl.constexpr, NORM_KEY: tl.constexpr, TURN_KEY: tl.constexpr,
+        NORM: tl.constexpr, TURN: tl.constexpr, TURN_KEY: tl.constexpr,
         DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, EACH: tl.constexpr,
     ):
         """`normalise_and_rotate` of attention_linformer; a grid has EACH heads a program, of queries, then of keys."""
@@ -117,9 +117,9 @@ if triton is not None:
             key += batch * key_strides[0] + (head - heads) * key_strides[1]
             at = batch * key_out_strides[0] + (head - heads) * key_out_strides[1]
             _normalise_and_rotate_heads(
-                key, key_strides, key_out + at if NORM_KEY else key, rotated + at if TURN_KEY else key,
+                key, key_strides, key_out + at if NORM else key, rotated + at if TURN_KEY else key,
                 key_out_strides, cos, sin, start, N, eps,
-                NORM, TURN_KEY, NORM_KEY, DIM, PADDED, ROWS, EACH)
+                NORM, TURN_KEY, NORM, DIM, PADDED, ROWS, EACH)
 
     @triton.jit
     def _normalise_and_rotate_heads(

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from tolerances import BF16_DECODE_MAX, BF16_DECODE_MEAN, CACHE
-from transformers import DynamicCache
+from transformers import AttentionInterface, DynamicCache
 
 from linpass import LinformerCache, LinformerForCausalLM, LinformerForMaskedLM
 
@@ -266,6 +266,25 @@ def test_a_cache_has_its_memory_to_itself(tokens, position_embedding, mode, buil
     owned = {tensor.untyped_storage().data_ptr() for tensor in memory if tensor.numel()}
     assert len(owned) == sum(tensor.numel() > 0 for tensor in memory)
     assert not owned & {output.untyped_storage().data_ptr() for output in outputs}
+
+
+def test_later_tokens_change_nothing_that_attention_was_given(build, tiny_config):
+    """Somebody's attention may keep its keys."""
+    seen = []
+
+    def keeps(module, query, key, value, *_arguments, **_names):
+        seen.append((key, key.clone(), value, value.clone()))
+        return query.transpose(1, 2), None
+
+    AttentionInterface.register("keeps", keeps)
+    config = tiny_config(k=0, window_size=12, num_key_value_heads=1, position_embedding="rotary")
+    model = build(LinformerForCausalLM, config)
+    model.set_attn_implementation("keeps")
+    with torch.no_grad():
+        past = model(torch.randint(0, 50, (1, 12)), use_cache=True).past_key_values
+        model(torch.randint(0, 50, (1, 1)), past_key_values=past)
+    assert seen
+    assert all(torch.equal(key, was) and torch.equal(value, it) for key, was, value, it in seen)
 
 
 @pytest.mark.parametrize("memory", ["none", "there already"])

@@ -24,7 +24,7 @@ def use_variant(name: str | None) -> None:
 def normalise_both() -> None:
     """Keys and values of slots and of the window, each by the root of its mean square per head, before the softmax.
 
-    Source: Zhu et al. 2021 (Transformer-LS), section 3.4, DualLN; here without weights, as the preset's QK-norm is.
+    Source: Zhu et al. 2021 (Transformer-LS), section 3.4, DualLN; here without weights, as QK-norm is.
     """
 
     def attend(query, key, value, slot_key, slot_value, layout, first_block_BC=None) -> Tensor:
@@ -57,7 +57,7 @@ def weighted_norms() -> None:
 
         def _normalise_and_rotate(self, query, key, angles) -> tuple[Tensor, Tensor, Tensor]:
             query, key = _in_one_dtype(self.q_norm, query), _in_one_dtype(self.k_norm, key)
-            return normalise_and_rotate(query, key, None, angles, keeps_key=self.k > 0)
+            return normalise_and_rotate(query, key, None, angles, rotates_key=self.is_causal or not self.k)
 
     layers_linformer.LinformerAttention = WithNorms
 
