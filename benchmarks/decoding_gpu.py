@@ -25,6 +25,9 @@ from benchmarks.models_gpu_cases import Size
 from benchmarks.race import Rounds, race
 from benchmarks.report_file import Report, add_common_arguments, add_smoke, command_line, device_of, earlier_result
 
+# What a result says of the Linformer.
+LINFORMER = ("seq_length", "k", "block_size", "window_size", "qk_norm")
+
 
 class Plan(NamedTuple):
     """What to measure.
@@ -72,7 +75,7 @@ def describe(models: cases.Models, plan: Plan, command: str) -> dict:
     return describe_machine() | {
         "device": models.device.type,
         "size": plan.size._asdict(),
-        "linformer": {name: getattr(config, name) for name in ("seq_length", "k", "block_size", "window_size")},
+        "linformer": {name: getattr(config, name) for name in LINFORMER},
         "parameters": models.parameters,
         "tokens": plan.tokens,
         "rounds": plan.rounds.rounds,

@@ -49,7 +49,8 @@ def preset() -> dict[str, Any]:
 
 
 def config_for(size: Size, tokens: int, slots: int, block: int, **changes: Any) -> LinformerConfig:
-    fields = {name: value for name, value in preset().items() if name in FROM_PRESET}
+    given = preset()
+    fields = {name: given[name] for name in FROM_PRESET}
     fields |= {"seq_length": tokens, "k": slots, "block_size": block}
     ids = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), size.vocab_size - 1)
     return LinformerConfig(**(fields | size._asdict() | ids | changes))

@@ -422,5 +422,7 @@ class _NormaliseAndRotate(torch.autograd.Function):
     def backward(ctx: Any, *grads):
         """Of queries, of keys and of rotated keys, None where nothing follows from them."""
         of_query, of_key = grads[0] is not None, grads[1] is not None or grads[2] is not None
+        if not (of_query or of_key):
+            return (None,) * 6
         grad_query, grad_key = normalise_and_rotate_backward_op(*grads, *ctx.saved_tensors, ctx.eps)
         return grad_query if of_query else None, grad_key if of_key else None, None, None, None, None

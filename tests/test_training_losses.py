@@ -3,7 +3,12 @@
 import copy
 import inspect
 import math
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -185,6 +190,32 @@ def test_a_head_filled_up_to_aligned_rows_is_the_same_head():
     for ours, theirs in zip(*(torch.autograd.grad(x, (hidden_ND, weight_VD)) for x in (filled, truth)), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-14)
     assert losses._with_aligned_ids(padded_VD) == (padded_VD, None)
+
+
+def test_liger_gives_what_pytorch_gives():
+    """Values and gradients, each factor frozen or not, with no token at all."""
+    pytest.importorskip("liger_kernel")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    script = Path(__file__).with_name("liger_run.py")
+    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert run.stdout == "equal\n", run.stderr
+
+
+@pytest.mark.parametrize("field", ["accum_dtype", "_input"])
+def test_another_liger_is_refused(field, monkeypatch):
+    class Other:
+        @staticmethod
+        def forward(ctx, _input, weight, target, bias=None, ignore_index=-100, reduction="mean", accum_dtype=None):
+            raise AssertionError
+
+    names = {name: each for name, each in inspect.signature(Other.forward).parameters.items() if name != field}
+    Other.forward.__signature__ = inspect.Signature(list(names.values()))
+    module = SimpleNamespace(LigerFusedLinearCrossEntropyFunction=Other)
+    monkeypatch.setitem(sys.modules, "liger_kernel", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops.fused_linear_cross_entropy", module)
+    with pytest.raises(ValueError, match=f"takes no {field}; linpass needs 0.6.2"):
+        losses._liger_loss(*problem(dtype=torch.float32), "sum", 0.0, -100)
 
 
 @pytest.mark.gpu

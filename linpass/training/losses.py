@@ -60,7 +60,8 @@ def linear_cross_entropy(
             "torch": PyTorch's chunked operation (2.13). In half precision its scalar loss is rounded to that precision
             after every chunk, so there it is asked for one loss per token, which costs one more product with the head
             in the backward pass.
-            "liger": the kernels of liger-kernel, CUDA only; they sum losses and gradients in float32.
+            "liger": the kernels of liger-kernel, CUDA only; they sum losses and gradients in float32. For the
+            reduction "none" it is "checkpoint".
             "checkpoint": ``F.cross_entropy`` chunk by chunk, logits computed again in the backward pass; any torch.
             "plain": all logits at once, for comparison.
             "auto": liger in half precision on CUDA where it is installed, else torch, liger, checkpoint, the first
@@ -174,12 +175,18 @@ def _smoothing_term(hidden_ND, weight_VD, target_N, reduction, ignore_index) -> 
 def _liger_loss(hidden_ND, weight_VD, target_N, reduction, smoothing, ignore_index) -> Tensor:
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
+    if reduction == "none" or not len(hidden_ND):  # wrong gradients before 0.8; a division by no rows
+        return _checkpoint_loss(hidden_ND, weight_VD, target_N, reduction, smoothing, ignore_index)
+    if torch.is_grad_enabled() and weight_VD.requires_grad and not hidden_ND.requires_grad:
+        hidden_ND = hidden_ND.detach().requires_grad_()  # without it the weight would get no gradient either
     padded_VD, bias_V = _with_aligned_ids(weight_VD)
-    class_weight = softcap = None
-    loss = LigerFusedLinearCrossEntropyFunction.apply(
-        *(hidden_ND, padded_VD, target_N, bias_V, class_weight, ignore_index),
-        *(0.0, 0.0, reduction, softcap, False, torch.float32),
-    )[0]
+    wanted = {"_input": hidden_ND, "weight": padded_VD, "target": target_N, "bias": bias_V}
+    wanted |= {"ignore_index": ignore_index, "reduction": reduction, "accum_dtype": torch.float32}
+    parameters = inspect.signature(LigerFusedLinearCrossEntropyFunction.forward).parameters
+    if missing := wanted.keys() - parameters.keys():
+        raise ValueError(f"this liger-kernel takes no {', '.join(sorted(missing))}; linpass needs 0.6.2 or later")
+    arguments = [wanted.get(name, parameter.default) for name, parameter in parameters.items() if name != "ctx"]
+    loss = LigerFusedLinearCrossEntropyFunction.apply(*arguments)[0]
     if smoothing:  # its own would spread over the filling too
         loss = loss + smoothing * _smoothing_term(hidden_ND, weight_VD, target_N, reduction, ignore_index)
     return loss
