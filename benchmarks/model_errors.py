@@ -154,6 +154,7 @@ def page(result: dict) -> str:
         "of",
         "same bits",
     ]
+    norm = "With" if where.get("qk_norm", True) else "Without"
     lines = [
         f"# Whole models against float64, {where['date']}",
         "",
@@ -162,7 +163,7 @@ def page(result: dict) -> str:
         "",
         "Errors relative in the Frobenius norm, against the same weights in float64 by PyTorch's functions: of the "
         "logits, of the gradients of all parameters together, and of the one parameter that is off the most. *Same "
-        "bits*: of two runs, outputs and every gradient.",
+        f"bits*: of two runs, outputs and every gradient. {norm} QK-norm.",
         *table(head, body),
     ]
     return "\n".join(lines) + "\n"
@@ -172,7 +173,7 @@ def run(
     path: Path, sizes: Sizes, device: torch.device, seconds: float, command: str = "", done: dict | None = None
 ) -> dict:
     """Every case in both ways; writes RESULT.json and RESULT.md, and returns the result."""
-    environment = describe() | {"device": device.type, "command": command}
+    environment = describe() | {"device": device.type, "command": command, "qk_norm": cases.preset()["qk_norm"]}
     report = Report(path, seconds, "model_errors", environment, ("errors",), line, done)
     for case in all_cases(sizes):
         model = "causal" if case.config.causal else "encoder"
