@@ -325,6 +325,25 @@ def test_what_may_differ(tmp_path, passed):
     assert resume(tmp_path, **other).solution.method == "gd"
 
 
+NUMBER = {"estimator": "auto", "regularization": 2.0}
+TOGETHER = {
+    "estimator='auto' and regularization='auto' ask for rows": (NUMBER, {"estimator": "auto"}),
+    "calibrate=True and match='ridge' ask for sample": (
+        NUMBER | {"calibrate": True, "match": "gd", "learning_rate": 0.01},
+        NUMBER | {"calibrate": True},
+    ),
+}
+
+
+@pytest.mark.parametrize(("message", "settings"), TOGETHER.items())
+def test_what_settings_ask_for_together_is_refused_by_their_fields(tmp_path, message, settings):
+    """One label a row and regularization="auto" stand for a logistic head, which needs rows."""
+    first, second = settings
+    whole(tmp_path, **first)
+    with pytest.raises(InputError, match=f"{message}, of which the pass kept none"):
+        resume(tmp_path, str(tmp_path / "checkpoint-5"), **second)
+
+
 def test_a_checkpoint_of_gradient_descent_is_refused(tmp_path):
     arguments = transformers.TrainingArguments(
         str(tmp_path), max_steps=1, use_cpu=True, report_to="none", disable_tqdm=True, dataloader_pin_memory=False

@@ -19,6 +19,15 @@ from linpass.singlepass.tasks import Rows, Task
 BYTES_OF_CLASS_SUMS = 4 << 30  # most memory for one Gram matrix per class
 
 
+# Settings that decide whether a pass keeps something.
+ASKS_FOR = {
+    "statistics": ("kernel", "match"),
+    "sgd": ("kernel", "match"),
+    "rows": ("estimator", "regularization"),
+    "sample": ("calibrate", "match"),
+}
+
+
 class Collection:
     """The state of a pass; grows by :meth:`add`, by :meth:`merge` of another process's, shrinks by :meth:`subtract`.
 
@@ -223,7 +232,8 @@ class Collection:
             if part is None:
                 continue
             if name not in state:
-                raise InputError(f"the pass kept no {name}: its settings were others")
+                given = " and ".join(f"{field}={getattr(self.arguments, field)!r}" for field in ASKS_FOR[name])
+                raise InputError(f"{given} ask for {name}, of which the pass kept none: its settings were others")
             part.load_state_dict(state[name])
 
 
