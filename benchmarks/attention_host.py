@@ -21,6 +21,7 @@ from torch import Tensor
 
 from benchmarks import attention_gpu_bidirectional as bidirectional
 from benchmarks import attention_gpu_cases as cases
+from benchmarks.decoding_gpu_cases import advance
 from benchmarks.environment import describe
 from benchmarks.models_gpu_cases import Size, config_for
 from benchmarks.report_file import Report, command_line, machine, table
@@ -93,9 +94,10 @@ def name_only(kernel: Any, grid: tuple, tile: Any, tensors: tuple, numbers: tupl
     launch_linformer.STARTERS.get((id(kernel), device, grid, tile, dtypes, numbers))
 
 
-def calls_of(shape: cases.Shape, build: Callable, operators: tuple[str, str]) -> dict[str, Callable[[], object]]:
+def calls_of(
+    device: torch.device, shape: cases.Shape, build: Callable, operators: tuple[str, str]
+) -> dict[str, Callable[[], object]]:
     """What is timed, by name; ``operators`` are those of the forward and of the backward pass."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     attention = build(shape, cases.make_inputs(shape, 1, device))
     leaves = [leaf.detach().requires_grad_() for leaf in attention.leaves]
     gradient = torch.randn_like(attention.leaves[0])
@@ -123,25 +125,21 @@ def calls_of(shape: cases.Shape, build: Callable, operators: tuple[str, str]) ->
     }
 
 
-def models() -> dict[str, Callable[[], object]]:
+def calls_of_models(device: torch.device) -> dict[str, Callable[[], object]]:
     """Whole models: a prompt that leaves a cache, and the next token after it, again and again."""
-    device, found = torch.device("cuda" if torch.cuda.is_available() else "cpu"), {}
+    found = {}
     config = config_for(MODEL, PROMPT, 16, 16, window_size=32)
     for name, architecture in (("linpass", "linformer"), ("Llama", "llama")):
         model = build_model(architecture, config).to(device).eval()
         ids = torch.randint(MODEL.vocab_size, (1, PROMPT), device=device)
-        past = advance(model, ids, None).past_key_values
+        with torch.no_grad():
+            past = model(input_ids=ids, use_cache=True).past_key_values
         found[f"a prompt, {name}"] = partial(advance, model, ids, None)
         found[f"the next token, {name}"] = partial(advance, model, ids[:, :1], past)
     return found
 
 
-@torch.no_grad()
-def advance(model: Any, ids: Tensor, past: Any) -> Any:
-    return model(input_ids=ids, past_key_values=past, use_cache=True, logits_to_keep=1)
-
-
-def measure(report: Report, started: bool) -> None:
+def measure(report: Report, device: torch.device, started: bool) -> None:
     ways = {
         "causal": (CAUSAL, cases.OURS.build, ("mix_and_attend_op", "mix_and_attend_backward_op")),
         "bidirectional": (
@@ -152,10 +150,10 @@ def measure(report: Report, started: bool) -> None:
     }
     kernels = "started" if started else "named"
     for way, arguments in ways.items():
-        for what, call in calls_of(*arguments).items():
+        for what, call in calls_of(device, *arguments).items():
             names = {"attention": way, "what": what, "kernels": kernels}
             report.add("host", names, lambda call=call: {"us": microseconds(call, CALLS)})
-    for what, call in models().items():
+    for what, call in calls_of_models(device).items():
         names = {"attention": "whole model", "what": what, "kernels": kernels}
         report.add("host", names, lambda call=call: {"us": microseconds(call, MODEL_CALLS)})
 
@@ -192,11 +190,12 @@ def main(words: list[str] | None = None) -> None:
     torch.manual_seed(0)
     environment = describe() | {"command": command_line("benchmarks.attention_host", words)}
     report = Report(arguments.result, 3600, "attention_host", environment, ("host",), line)
-    if torch.cuda.is_available():
-        measure(report, started=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        measure(report, device, started=True)
     named = mock.patch.object(operators_linformer, "launch", name_only)
     with named, mock.patch.object(kernels_linformer, "INTERPRETED", True):
-        measure(report, started=False)
+        measure(report, device, started=False)
     report.close(page)
 
 

@@ -2,7 +2,7 @@
 
 from benchmarks.decoding_gpu_cases import BEFORE, LOUDER
 from benchmarks.models_gpu_report import profile_tables, spread
-from benchmarks.report_file import machine, table
+from benchmarks.report_file import machine, norm_of, table
 
 # Latency of a token behind the longest context over that behind the shortest; tokens/s over Llama's at one situation.
 FLAT, SHORTEST, LONGEST = 1.1, 512, 131072
@@ -92,7 +92,7 @@ def page(result: dict) -> str:
         f"{size['embed_dim']} wide, {size['depth']} layers, {size['heads']} heads, vocabulary {size['vocab_size']:,}; "
         f"linpass {count['linpass']:,} parameters, Llama {count['Llama']:,}; bfloat16, random weights. One Linformer "
         f"behind all contexts: seq_length = {ours['seq_length']:,}, k = {ours['k']}, b = {ours['block_size']}, "
-        f"w = {ours['window_size']}, {'with' if ours.get('qk_norm', True) else 'without'} QK-norm. "
+        f"w = {ours['window_size']}, {norm_of(ours)}. "
         "Its contexts are real prefills of random ids; Llama's are random numbers written "
         f"into its caches, in the shapes of a real context; all end {BEFORE} tokens early. The weights that "
         f"make values and outputs are {LOUDER:g} times as large as fresh ones, with which attention would hardly show "

@@ -27,6 +27,7 @@ from benchmarks.report_file import (
     device_of,
     earlier_result,
     machine,
+    norm_of,
     table,
 )
 from linpass import LinformerConfig
@@ -154,7 +155,6 @@ def page(result: dict) -> str:
         "of",
         "same bits",
     ]
-    norm = "With" if where.get("qk_norm", True) else "Without"
     lines = [
         f"# Whole models against float64, {where['date']}",
         "",
@@ -163,7 +163,7 @@ def page(result: dict) -> str:
         "",
         "Errors relative in the Frobenius norm, against the same weights in float64 by PyTorch's functions: of the "
         "logits, of the gradients of all parameters together, and of the one parameter that is off the most. *Same "
-        f"bits*: of two runs, outputs and every gradient. {norm} QK-norm.",
+        f"bits*: of two runs, outputs and every gradient. Models {norm_of(where)}.",
         *table(head, body),
     ]
     return "\n".join(lines) + "\n"

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from benchmarks.models_gpu_cases import BOUND, FULL, OURS, UNEVEN
-from benchmarks.report_file import machine, table
+from benchmarks.report_file import machine, norm_of, table
 
 RIVALS = {"training": ("GPT-2", "Llama"), "encoder": ("BERT",)}
 SECTIONS = ("training", "prefill", "encoder")
@@ -129,7 +129,7 @@ def page(result: dict) -> str:
         "",
         f"{size['embed_dim']} wide, {size['depth']} layers, {size['heads']} heads, vocabulary {size['vocab_size']:,}; "
         "the Linformer is that of the preset `base` with the k and b of each n, "
-        f"{'with' if where.get('qk_norm', True) else 'without'} QK-norm; the others have its parameters within "
+        f"{norm_of(where)}; the others have its parameters within "
         "1 %, but for the table of positions of a GPT-2 of long rows. Random weights, random token ids. Models of one "
         f"length and mode are timed in turns; medians [quartiles] of {where['rounds']} × {where['calls']} calls, "
         f"prefill {where['prefill_calls']}; of five or more where they take more than 3 s together.",

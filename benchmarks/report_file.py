@@ -168,6 +168,11 @@ def at_most(seconds: float | None) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, rest)
 
 
+def norm_of(described: dict) -> str:
+    """Whether a Linformer had QK-norm; results of before that was written down had it."""
+    return "with QK-norm" if described.get("qk_norm", True) else "without QK-norm"
+
+
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """``result``, ``--seconds`` and ``--resume``."""
     parser.add_argument("result", type=Path, help="JSON file to write; the tables go beside it, with .md")

@@ -219,16 +219,17 @@ class LinformerCacheLayer(CacheLayerMixin):
         if self.slots:
             newest["slot_keys"] = _ring_of(slot_keys, self.slots, slots_B)
             newest["slot_values"] = _ring_of(slot_values, self.slots, slots_B)
-        has_memory = self.is_compileable or self._has_memory_for(key_BGND)
+        if self.is_compileable:
+            self.lazy_initialization(key_BGND, value_BGND)
+        has_memory = self._has_memory_for(key_BGND)
         if torch.is_grad_enabled() or not has_memory:
             given = {"keys": key_BGND, "values": value_BGND}
             newest = {name: _on_its_own(states, given.get(name)) for name, states in newest.items()}
         if has_memory:
-            self.lazy_initialization(key_BGND, value_BGND)
             self._write(**newest)
         else:
             self._allocate_like(key_BGND, **newest)
-            self.is_initialized = True
+        self.is_initialized = True
         if block_keys is not None and block_values is not None:
             self._write(block_keys=block_keys, block_values=block_values)
 

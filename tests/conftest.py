@@ -119,6 +119,25 @@ def kernels(request, monkeypatch):
 
 
 @pytest.fixture
+def recorded_launches(monkeypatch):
+    """A function (kernel, tensors -> what to remember, or None) -> the list that launches are remembered in."""
+
+    def record(describe):
+        found, launch = [], linpass.operators_linformer.launch
+
+        def remember(kernel, grid, tile, tensors, numbers):
+            described = describe(kernel, tensors)
+            if described is not None:
+                found.append(described)
+            launch(kernel, grid, tile, tensors, numbers)
+
+        monkeypatch.setattr(linpass.operators_linformer, "launch", remember)
+        return found
+
+    return record
+
+
+@pytest.fixture
 def poisoned_memory():
     """torch.empty gives NaN."""
     was, before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory

@@ -222,18 +222,10 @@ def check(kernels, case, launches):
 
 
 @pytest.fixture
-def launches(kernels, monkeypatch):
+def launches(kernels, recorded_launches):
     """Names of the kernels of attention that were started, in order."""
-    names, launch = [], operators_linformer.launch
     before = {"angles_kernel", "normalise_and_rotate_kernel", "normalise_and_rotate_gradient_kernel"}
-
-    def remember(kernel, *rest):
-        if kernel.__name__ not in before:
-            names.append(kernel.__name__)
-        launch(kernel, *rest)
-
-    monkeypatch.setattr(operators_linformer, "launch", remember)
-    return names
+    return recorded_launches(lambda kernel, _tensors: None if kernel.__name__ in before else kernel.__name__)
 
 
 CASES = [
@@ -662,16 +654,14 @@ def test_weights_of_blocks_that_nobody_sees_have_no_gradient(kernels):
         assert not got[part][:, 6:].any()
 
 
-def test_weights_of_another_precision_are_rounded_before_the_mixing(kernels, monkeypatch):
+def test_weights_of_another_precision_are_rounded_before_the_mixing(kernels, recorded_launches):
     """As under autocast. A kernel that rounds them, tile by tile, is slower by far."""
-    given, launch = [], operators_linformer.launch
 
-    def remember(kernel, grid, tile, tensors, numbers):
-        if kernel is operators_linformer.kernels.mix_kernel:
-            given.append([tensor.dtype for tensor in tensors[:4]])
-        launch(kernel, grid, tile, tensors, numbers)
+    def dtypes(kernel, tensors):
+        is_mixing = kernel is operators_linformer.kernels.mix_kernel
+        return [tensor.dtype for tensor in tensors[:4]] if is_mixing else None
 
-    monkeypatch.setattr(operators_linformer, "launch", remember)
+    given = recorded_launches(dtypes)
     case = Case(dtype=torch.float16, weight_dtype=torch.float32)
     leaves, grid = make_leaves(case), make_grid(case)
     rounded = {part: leaf.detach().half() for part, leaf in leaves.items()}

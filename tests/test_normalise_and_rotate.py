@@ -10,13 +10,7 @@ import torch
 from tolerances import GRADIENT, ORACLE, VALUE, relative_error
 from torch import library
 
-from linpass import (
-    LinformerConfig,
-    LinformerForCausalLM,
-    LinformerForMaskedLM,
-    attention_linformer,
-    operators_linformer,
-)
+from linpass import LinformerForCausalLM, LinformerForMaskedLM, attention_linformer, operators_linformer
 from linpass.attention_linformer import rotary_angles
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -316,22 +310,14 @@ def test_no_more_is_kept_for_the_gradients_than_by_pytorch(norm, kernels):
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("causal_k", [16, 0])
 @pytest.mark.parametrize("qk_norm", [True, False])
-def test_a_layer_starts_one_kernel_each_way(qk_norm, causal_k, compiled, kernels, monkeypatch):
+def test_a_layer_starts_one_kernel_each_way(qk_norm, causal_k, compiled, kernels, recorded_launches, tiny_config):
     """Compiled none: torch.compile makes kernels as fast of PyTorch's functions. Without slots none."""
-    names, launch = [], operators_linformer.launch
-
-    def remember(kernel, *rest):
-        names.append(kernel.__name__)
-        launch(kernel, *rest)
-
-    monkeypatch.setattr(operators_linformer, "launch", remember)
-    config = LinformerConfig(
-        vocab_size=60, embed_dim=32, depth=2, heads=2, seq_length=64, k=causal_k, block_size=8, window_size=64,
-        position_embedding="rotary", qk_norm=qk_norm, rank=None, pad_token_id=None, bos_token_id=None,
-        eos_token_id=None,
-    )  # fmt: skip
+    names = recorded_launches(lambda kernel, _tensors: kernel.__name__)
+    config = tiny_config(
+        heads=2, k=causal_k, seq_length=64, window_size=64, position_embedding="rotary", qk_norm=qk_norm
+    )
     model = LinformerForCausalLM(config).to(DEVICE)
-    ids = torch.randint(0, 60, (1, 20), device=DEVICE)
+    ids = torch.randint(0, 50, (1, 20), device=DEVICE)
     torch.compiler.reset()
     run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
     run(ids, labels=ids, use_cache=False).loss.backward()
@@ -341,14 +327,11 @@ def test_a_layer_starts_one_kernel_each_way(qk_norm, causal_k, compiled, kernels
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_full_attention_has_gradients_of_gradients(causal, kernels):
+def test_full_attention_has_gradients_of_gradients(causal, kernels, tiny_config):
     """As PyTorch's attention has them, through which it goes."""
-    config = LinformerConfig(
-        vocab_size=60, embed_dim=32, depth=1, heads=2, seq_length=32, k=0, block_size=8, window_size=32, causal=causal,
-        position_embedding="rotary", qk_norm=True, pad_token_id=None, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
+    config = tiny_config(heads=2, k=0, window_size=32, causal=causal, position_embedding="rotary", qk_norm=True)
     model = (LinformerForCausalLM if causal else LinformerForMaskedLM)(config).to(DEVICE)
-    ids = torch.randint(0, 60, (1, 20), device=DEVICE)
+    ids = torch.randint(0, 50, (1, 20), device=DEVICE)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         (gradient,) = torch.autograd.grad(
             model(ids, labels=ids).loss, model.model.layers[0].attention.k_proj.weight, create_graph=True

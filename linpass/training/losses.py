@@ -182,7 +182,7 @@ def _liger_loss(hidden_ND, weight_VD, target_N, reduction, smoothing, ignore_ind
     padded_VD, bias_V = _with_aligned_ids(weight_VD)
     wanted = {"_input": hidden_ND, "weight": padded_VD, "target": target_N, "bias": bias_V}
     wanted |= {"ignore_index": ignore_index, "reduction": reduction, "accum_dtype": torch.float32}
-    parameters = inspect.signature(LigerFusedLinearCrossEntropyFunction.forward).parameters
+    parameters = _parameters_of(LigerFusedLinearCrossEntropyFunction.forward)
     if missing := wanted.keys() - parameters.keys():
         raise ValueError(f"this liger-kernel takes no {', '.join(sorted(missing))}; linpass needs 0.6.2 or later")
     arguments = [wanted.get(name, parameter.default) for name, parameter in parameters.items() if name != "ctx"]
@@ -190,6 +190,11 @@ def _liger_loss(hidden_ND, weight_VD, target_N, reduction, smoothing, ignore_ind
     if smoothing:  # its own would spread over the filling too
         loss = loss + smoothing * _smoothing_term(hidden_ND, weight_VD, target_N, reduction, ignore_index)
     return loss
+
+
+@functools.cache
+def _parameters_of(function: Callable[..., Any]) -> Any:
+    return inspect.signature(function).parameters
 
 
 def _with_aligned_ids(weight_VD: Tensor) -> tuple[Tensor, Tensor | None]:
