@@ -182,14 +182,27 @@ def test_a_head_filled_up_to_aligned_rows_is_the_same_head():
     hidden_ND = torch.randn(20, 8, dtype=torch.float64, requires_grad=True)
     weight_VD = torch.randn(101, 8, dtype=torch.float64, requires_grad=True)
     target_N = torch.randint(0, 101, (20,))
-    padded_VD, bias_V = losses._with_aligned_ids(weight_VD)
-    assert len(padded_VD) == 128
-    filled = F.cross_entropy(F.linear(hidden_ND, padded_VD, bias_V), target_N)
+    wide_ND, wide_VD = losses._with_aligned_ids(hidden_ND, weight_VD)
+    assert wide_VD.shape == (128, 16)
+    filled = F.cross_entropy(F.linear(wide_ND, wide_VD), target_N)
     truth = F.cross_entropy(F.linear(hidden_ND, weight_VD), target_N)
     assert filled.item() == pytest.approx(truth.item(), rel=1e-14)
     for ours, theirs in zip(*(torch.autograd.grad(x, (hidden_ND, weight_VD)) for x in (filled, truth)), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-14)
-    assert losses._with_aligned_ids(padded_VD) == (padded_VD, None)
+    assert losses._with_aligned_ids(wide_ND, wide_VD) == (wide_ND, wide_VD)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_filling_has_no_probability_and_no_gradient(dtype):
+    """Nor makes it what is not a number of others' gradients."""
+    hidden_ND, weight_VD = (torch.randn(rows, 8, dtype=dtype) for rows in (20, 101))
+    wide_ND, wide_VD = (tensor.detach().requires_grad_() for tensor in losses._with_aligned_ids(hidden_ND, weight_VD))
+    logits_NV = F.linear(wide_ND, wide_VD)
+    assert not logits_NV.softmax(-1)[:, 101:].any()
+    F.cross_entropy(logits_NV.float(), torch.arange(20)).backward()
+    assert wide_ND.grad.isfinite().all()
+    assert wide_VD.grad[:101].isfinite().all()
+    assert not wide_VD.grad[101:].any()
 
 
 def test_liger_gives_what_pytorch_gives():

@@ -21,10 +21,12 @@ IMPLEMENTATIONS = ("auto", "torch", "liger", "checkpoint", "plain")
 REDUCTIONS = ("mean", "sum", "none")
 # Logits that exist at one time, 268 MB in float32: matrix products that fill a GPU, little beside 48 * 512 * 50257.
 LOGITS_PER_CHUNK = 2**26
+# Bytes of those by liger-kernel, or twice as many: every chunk reads and writes the gradient of the head, in float32.
+LIGER_BYTES = 2**28
 HALF = (torch.bfloat16, torch.float16)
 # Logits whose rows are a multiple of this long are aligned; for GPT-2's 50,257 ids cuBLAS falls back to kernels for the
 # GPUs of 2018, at a third of the speed on an H200.
-ALIGNED_IDS, NEVER = 64, -1e30
+ALIGNED_IDS, ALIGNED_FEATURES, NEVER = 64, 8, -1e30
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -69,8 +71,8 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: an unknown reduction or implementation, or one that this machine cannot run.
-    Cost: time O(N·D·V); memory O(N·D + V·D) and LOGITS_PER_CHUNK logits. No second backward pass, no second
-        derivative.
+    Cost: time O(N·D·V); memory O(N·D + V·D) and LOGITS_PER_CHUNK logits, with liger 2 · LIGER_BYTES at most. No second
+        backward pass, no second derivative.
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction={reduction!r} must be one of {', '.join(REDUCTIONS)}")
@@ -138,17 +140,15 @@ def _checkpoint_loss(hidden_ND, weight_VD, target_N, reduction, smoothing, ignor
 
 def _torch_loss(hidden_ND, weight_VD, target_N, reduction, smoothing, ignore_index) -> Tensor:
     half = hidden_ND.dtype in HALF
-    padded_VD, bias_V = _with_aligned_ids(weight_VD) if half and weight_VD.is_cuda else (weight_VD, None)
+    wide = _with_aligned_ids(hidden_ND, weight_VD) if half and weight_VD.is_cuda else (hidden_ND, weight_VD)
     options = nn.LinearCrossEntropyOptions(  # pyright: ignore[reportAttributeAccessIssue]
         batch_chunk_size=_rows_per_chunk(weight_VD),
         acc_policy="balanced" if hidden_ND.is_cuda else "accurate",
         acc_dtype=torch.float32 if half else None,
     )
     loss = F.linear_cross_entropy(  # pyright: ignore[reportAttributeAccessIssue]
-        hidden_ND,
-        padded_VD,
+        *wide,
         target_N,
-        linear_bias=bias_V,
         reduction="none" if half else reduction,
         ignore_index=ignore_index,
         options=options,
@@ -179,12 +179,13 @@ def _liger_loss(hidden_ND, weight_VD, target_N, reduction, smoothing, ignore_ind
         return _checkpoint_loss(hidden_ND, weight_VD, target_N, reduction, smoothing, ignore_index)
     if torch.is_grad_enabled() and weight_VD.requires_grad and not hidden_ND.requires_grad:
         hidden_ND = hidden_ND.detach().requires_grad_()  # without it the weight would get no gradient either
-    padded_VD, bias_V = _with_aligned_ids(weight_VD)
-    wanted = {"_input": hidden_ND, "weight": padded_VD, "target": target_N, "bias": bias_V}
+    wide_ND, wide_VD = _with_aligned_ids(hidden_ND, weight_VD)
+    wanted = {"_input": wide_ND, "weight": wide_VD, "target": target_N}
     wanted |= {"ignore_index": ignore_index, "reduction": reduction, "accum_dtype": torch.float32}
     parameters = _parameters_of(LigerFusedLinearCrossEntropyFunction.forward)
     if missing := wanted.keys() - parameters.keys():
         raise ValueError(f"this liger-kernel takes no {', '.join(sorted(missing))}; linpass needs 0.6.2 or later")
+    wanted["chunk_mem_const"] = max(1, LIGER_BYTES // hidden_ND.nbytes)  # where it has that
     arguments = [wanted.get(name, parameter.default) for name, parameter in parameters.items() if name != "ctx"]
     loss = LigerFusedLinearCrossEntropyFunction.apply(*arguments)[0]
     if smoothing:  # its own would spread over the filling too
@@ -197,14 +198,19 @@ def _parameters_of(function: Callable[..., Any]) -> Any:
     return inspect.signature(function).parameters
 
 
-def _with_aligned_ids(weight_VD: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The head filled up to a multiple of ALIGNED_IDS, and the bias that gives the filling the probability 0."""
-    missing = -len(weight_VD) % ALIGNED_IDS
+def _with_aligned_ids(hidden_ND: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
+    """The head filled up to a multiple of ALIGNED_IDS, and one feature more, which gives the filling the probability 0.
+
+    A bias would do that, too; but it is added to all logits, and its gradient is a sum over all of them.
+    """
+    missing, features = -len(weight_VD) % ALIGNED_IDS, weight_VD.shape[1]
     if not missing:
-        return weight_VD, None
-    bias_V = weight_VD.new_zeros(len(weight_VD) + missing)
-    bias_V[-missing:] = NEVER
-    return F.pad(weight_VD, (0, 0, 0, missing)), bias_V
+        return hidden_ND, weight_VD
+    more = -features % ALIGNED_FEATURES or ALIGNED_FEATURES
+    wide_VD = F.pad(weight_VD, (0, more, 0, missing))
+    wide_VD[-missing:, features] = max(NEVER, torch.finfo(weight_VD.dtype).min)
+    one = F.pad(hidden_ND.new_ones(len(hidden_ND), 1), (0, more - 1))
+    return torch.cat((hidden_ND, one), 1), wide_VD
 
 
 def _rows_per_chunk(weight_VD: Tensor) -> int:
