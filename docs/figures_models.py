@@ -34,11 +34,14 @@ WAYS = {  # colour and line of each way of benchmarks.decoding_gpu
 
 
 def newest(theme: str, section: str) -> dict | None:
-    """The newest result of a benchmark that has rows in a section: parts are measured one by one, too."""
+    """The newest result of a benchmark that has rows in a section, of one day that with the most of them.
+
+    Parts are measured one by one, too.
+    """
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
     found = [result for result in results if isinstance(result, dict) and result.get("theme") == theme]
     found = [result for result in found if result[section]]
-    return max(found, key=lambda result: result["environment"]["date"], default=None)
+    return max(found, key=lambda result: (result["environment"]["date"], len(result[section])), default=None)
 
 
 def draw_training(path: Path, result: dict) -> None:
