@@ -27,7 +27,7 @@ from benchmarks.quality.report import write_report
 from benchmarks.quality.results import Results, Spread, chosen_rates, difference, finished, worth_their_time
 from benchmarks.quality.schedule import Schedule, Settings
 from benchmarks.quality.single_run import carry_out, train
-from benchmarks.quality.tables import leaking_table, loss_table
+from benchmarks.quality.tables import far_less_near, leaking_table, loss_table
 from linpass import LinformerConfig, LinformerForCausalLM, LinformerForMaskedLM, layers_linformer
 from linpass.errors import InputError
 from linpass.training.documents import python_documents
@@ -341,6 +341,13 @@ def test_the_report_shows_the_untouched_half_when_it_is_asked_for(ran):
     assert "The goal, set beforehand, is -0.5 for a Linformer" in tables[CHOOSING]
 
 
+def test_far_less_near_weighs_ranges_by_their_places():
+    pairs = [(16, 9.0), (32, 1.0), (64, 2.0), (128, 3.0), (256, 9.0), (512, 5.0), (1024, 8.0)]
+    near, far = (16 * 1 + 32 * 2 + 64 * 3) / 112, (256 * 5 + 512 * 8) / 768
+    assert far_less_near(pairs) == pytest.approx(far - near)
+    assert far_less_near(pairs[:5]) is None
+
+
 def test_a_report_of_both_halves_is_not_replaced_by_one_of_one(ran, tmp_path):
     theme, settings = ran
     for path in settings.output.glob("*.jsonl"):
@@ -354,6 +361,7 @@ def test_a_report_of_both_halves_is_not_replaced_by_one_of_one(ran, tmp_path):
     both = (tmp_path / "report.md").read_text()
     assert "On the untouched half" in both
     assert "by position in the window" in both
+    assert "beyond 256 less 17 to 128" in both
     assert (tmp_path / "positions.png").stat().st_size > 5000
     with pytest.raises(InputError, match="go on with --untouched"):
         write_report(tmp_path, False, [theme])

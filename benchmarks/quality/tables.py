@@ -7,6 +7,7 @@ from benchmarks.quality.data import CHOOSING
 from benchmarks.quality.results import Difference, Finished, Row, Spread, difference, loss, scores
 
 FIRST_END = 16  # of ranges of positions: those before have few tokens, one to eight of every window
+NEAR, FAR = (16, 128), 256  # places before which all sides see much the same, and behind which they do not
 
 LEGEND = (
     "Losses in nats per token; *deviation* between seeds; *less* a side: the difference of runs with the same seed, "
@@ -105,21 +106,50 @@ def position_table(part: Finished) -> list[str]:
     apart = by_position(part)
     if not apart:
         return []
+    seeds = differences_by_position(part)
     ends = [end for end, _value in next(iter(apart.values()))]
-    body = [[side, *(f"{value:+.3f}" for _end, value in values)] for side, values in apart.items()]
+    body = []
+    for side, values in apart.items():
+        contrasts = [found for pairs in seeds[side] if (found := far_less_near(pairs)) is not None]
+        contrast = Spread.of(contrasts) if contrasts else None
+        cell = with_error(contrast.mean, contrast.standard_error, signed=True) if contrast else None
+        body.append([side, *(f"{value:+.3f}" for _end, value in values), cell])
     text = f"The same difference to {part.theme.reference} by position in the window: up to there, from the one before:"
-    return ["", text, *table(["side", *map(str, ends)], body)]
+    return ["", text, *table(["side", *map(str, ends), f"beyond {FAR} less {NEAR[0] + 1} to {NEAR[1]} ± error"], body)]
 
 
-def by_position(part: Finished) -> dict[str, list[tuple[int, float]]]:
-    """{side: [last position of the range, difference to the reference]}, mean over the seeds that both have."""
+def far_less_near(pairs: list[tuple[int, float]]) -> float | None:
+    """Mean difference of the places beyond FAR less that of those of NEAR; None of windows without either."""
+    near, far, before = [], [], 0
+    for end, value in pairs:
+        if NEAR[0] < end <= NEAR[1]:
+            near.append((end - before, value))
+        elif end > FAR:
+            far.append((end - before, value))
+        before = end
+    if not near or not far:
+        return None
+    means = [sum(count * value for count, value in side) / sum(count for count, _value in side) for side in (far, near)]
+    return means[0] - means[1]
+
+
+def differences_by_position(part: Finished) -> dict[str, list[list[tuple[int, float]]]]:
+    """{side: [[last position of the range, difference to the reference]]}, a list for each seed that both have."""
     sides = {side: scores(rows, CHOOSING, {}) for side, rows in part.sides().items()}
     against = sides.pop(part.theme.reference, {})
     found = {}
     for side, own in sides.items():
         seeds = sorted(own.keys() & against.keys())
-        ranges = [zip(own[seed]["by_position"], against[seed]["by_position"], strict=True) for seed in seeds]
-        values = [[(end, mine - other) for (end, mine), (_, other) in pairs if end >= FIRST_END] for pairs in ranges]
+        pairs = [zip(own[seed]["by_position"], against[seed]["by_position"], strict=True) for seed in seeds]
+        found[side] = [[(end, mine - other) for (end, mine), (_, other) in ranges] for ranges in pairs]
+    return found
+
+
+def by_position(part: Finished) -> dict[str, list[tuple[int, float]]]:
+    """{side: [last position of the range, difference to the reference]}, mean over the seeds that both have."""
+    found = {}
+    for side, seeds in differences_by_position(part).items():
+        values = [[(end, value) for end, value in pairs if end >= FIRST_END] for pairs in seeds]
         if values:
             found[side] = [(same[0][0], Spread.of([v for _end, v in same]).mean) for same in zip(*values, strict=True)]
     return found
