@@ -20,7 +20,7 @@ from benchmarks.quality.tables import (
 )
 from linpass.errors import InputError
 
-THEMES = ("claim_1024", "claim_4096", "long", "designs_1024", "designs_4096", "ablations")
+THEMES = ("claim_1024", "claim_4096", "long", "designs_1024", "designs_4096", "designs_300", "ablations")
 SWEEPS, SPEEDS = ("rates_1024", "rates_4096", "batch_4096"), ("speed_1024", "speed_4096")
 
 
