@@ -7,6 +7,7 @@ import statistics
 import time
 from dataclasses import replace
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -339,6 +340,38 @@ def test_the_report_shows_the_untouched_half_when_it_is_asked_for(ran):
     assert f"{losses['full']:.4f}" not in tables[CHOOSING]
     assert f"| full | 1 | {losses['full'] - losses['linformer']:+.4f} |" in tables[UNTOUCHED]
     assert "The goal, set beforehand, is -0.5 for a Linformer" in tables[CHOOSING]
+
+
+def test_how_long_a_run_may_take_is_that_of_its_theme(tmp_path):
+    def row(theme, side, seconds, tokens=100, n=8, **more):
+        flags = {"seq_length": n, "seed": 1, "learning_rate": 0.1}
+        return {"theme": theme, "side": side, "seconds": seconds, "tokens": tokens, "flags": flags, CHOOSING: {}} | more
+
+    def seconds(theme, side, tokens=100, n=8):
+        run = SimpleNamespace(theme=SimpleNamespace(name=theme), side=side, tokens=tokens, flags={"seq_length": n})
+        return results.seconds(run, assumed=2.0)
+
+    results = Results(tmp_path)
+    assert seconds("a", "x") == 200.0
+    rows = [row("a", "x", 50.0), row("a", "x", 30.0), row("a", "y", 900.0, stood_still=860.0), row("b", "z", 600.0)]
+    results.runs = dict(enumerate(rows))
+    assert seconds("a", "x") == 30.0  # the last of its side
+    assert seconds("a", "y", tokens=200) == 80.0
+    assert seconds("a", "z") == 50.0  # the slowest of the theme, not that side of another
+    assert seconds("c", "z") == 600.0
+    assert seconds("c", "new") == 600.0
+    assert seconds("a", "x", n=16) == 200.0
+
+
+def test_a_queue_that_stood_still_says_so(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    queue = object.__new__(Schedule)
+    queue.children = [SimpleNamespace(stood_still=0.0)]
+    for slept in (0.2, 5.0, 300.2, 0.3, 100.2):
+        monkeypatch.setattr(time, "sleep", lambda _seconds, slept=slept: now.__setitem__(0, now[0] + slept))
+        queue.wait(0.2)
+    assert queue.children[0].stood_still == pytest.approx(400.0)
 
 
 def test_far_less_near_weighs_ranges_by_their_places():

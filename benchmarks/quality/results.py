@@ -86,13 +86,15 @@ class Results:
         return None if lacks_half else row
 
     def seconds(self, run: Run, assumed: float) -> float:
-        """How long a run may take: per token as the last of its side, or as the slowest, at its n; else ``assumed``.
+        """How long a run may take, from runs of its theme, else of all themes at its n; else ``assumed`` a token.
 
-        The last, because the first of a side compiles what the later ones find compiled.
+        Per token as the last of its side, or as the slowest: the first of a side compiles what the later ones find
+        compiled. Themes differ in the tokens of a step, and so in the time of a token.
         """
         rows = [row for row in self.runs.values() if CHOOSING in row]
         rows = [row for row in rows if row["flags"]["seq_length"] == run.flags["seq_length"]]
-        rates = [row["seconds"] / row["tokens"] for row in rows]
+        rows = [row for row in rows if row["theme"] == run.theme.name] or rows
+        rates = [(row["seconds"] - row.get("stood_still", 0.0)) / row["tokens"] for row in rows]
         own = [rate for rate, row in zip(rates, rows, strict=True) if row["side"] == run.side]
         return (own[-1] if own else max(rates, default=assumed)) * run.tokens
 

@@ -28,6 +28,7 @@ from linpass.errors import InputError
 ROOT = Path(__file__).resolve().parent.parent.parent
 ASSUMED = 1 / 150_000  # seconds a token, before any run has told
 GRACE = 30.0  # seconds that a run has to write a checkpoint
+STANDSTILL = 10.0  # seconds that no busy machine keeps the queue from looking
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Child:
     folder: Path
     process: subprocess.Popen
     started: float
+    stood_still: float = 0.0
     stopped: bool = False
 
 
@@ -144,10 +146,19 @@ class Schedule:
                         self.start(run, gpu)
                 if not self.children:
                     return
-                time.sleep(0.2)
+                self.wait(0.2)
                 self.collect()
         finally:
             self.stop(list(self.children))
+
+    def wait(self, seconds: float) -> None:
+        """Sleep. Much longer than asked: all was stopped, by SIGSTOP, for something else to be measured alone."""
+        before = time.monotonic()
+        time.sleep(seconds)
+        over = time.monotonic() - before - seconds
+        if over > STANDSTILL:
+            for child in self.children:
+                child.stood_still += over
 
     def start(self, run: Run, gpu: str | None) -> None:
         """Write the order and start the process that carries it out."""
@@ -204,6 +215,8 @@ class Schedule:
         seconds = round(time.monotonic() - child.started, 1)
         shared = {"processes_per_gpu": 1 if run.theme.alone else self.settings.processes}
         row: dict[str, Any] = {"seconds": seconds, "settings": self.settings.described() | shared}
+        if child.stood_still:
+            row["stood_still"] = round(child.stood_still, 1)
         if (child.folder / ANSWER).is_file():
             answer = json.loads((child.folder / ANSWER).read_text(encoding="utf-8"))
             self.results.add(run, row, answer)
