@@ -11,9 +11,10 @@ from benchmarks.quality.experiments import LINPASS
 from benchmarks.quality.results import CURVES, SAMPLES, Finished, Results, finished, loss, scores
 from benchmarks.quality.tables import (
     LEGEND,
-    by_position,
+    differences_by_position,
     leaking_table,
     loss_table,
+    mean_over_seeds,
     position_table,
     rates_table,
     speed_table,
@@ -90,7 +91,10 @@ def pictures(folder: Path, found: Sequence[Finished], results: Results) -> list[
     if claims:
         points = {part.theme.flags["seq_length"]: losses_of(part) for part in claims}
         drawn.append(("claim.png", lambda path: figures.draw_claim(path, points)))
-        apart = {part.theme.flags["seq_length"]: of_one_class(part, by_position(part)) for part in claims}
+        apart = {
+            part.theme.flags["seq_length"]: of_one_class(part, mean_over_seeds(differences_by_position(part)))
+            for part in claims
+        }
         apart = {n: sides for n, sides in apart.items() if sides}
         if apart:
             drawn.append(("positions.png", lambda path: figures.draw_positions(path, apart, claims[0].theme.reference)))

@@ -103,10 +103,10 @@ def interval(apart: Difference) -> str | None:
 
 def position_table(part: Finished) -> list[str]:
     """Each side's loss less the reference's by position in the window, mean over seeds, on the choosing half."""
-    apart = by_position(part)
+    seeds = differences_by_position(part)
+    apart = mean_over_seeds(seeds)
     if not apart:
         return []
-    seeds = differences_by_position(part)
     ends = [end for end, _value in next(iter(apart.values()))]
     body = []
     for side, values in apart.items():
@@ -120,17 +120,16 @@ def position_table(part: Finished) -> list[str]:
 
 def far_less_near(pairs: list[tuple[int, float]]) -> float | None:
     """Mean difference of the places beyond FAR less that of those of NEAR; None of windows without either."""
-    near, far, before = [], [], 0
-    for end, value in pairs:
-        if NEAR[0] < end <= NEAR[1]:
-            near.append((end - before, value))
-        elif end > FAR:
-            far.append((end - before, value))
-        before = end
-    if not near or not far:
-        return None
-    means = [sum(count * value for count, value in side) / sum(count for count, _value in side) for side in (far, near)]
-    return means[0] - means[1]
+    starts = [0, *(end for end, _value in pairs)]
+    ranges = [(end - start, end, value) for start, (end, value) in zip(starts, pairs, strict=False)]
+    near = [(places, value) for places, end, value in ranges if NEAR[0] < end <= NEAR[1]]
+    far = [(places, value) for places, end, value in ranges if end > FAR]
+    return weighted_mean(far) - weighted_mean(near) if near and far else None
+
+
+def weighted_mean(pairs: list[tuple[int, float]]) -> float:
+    """Of values, each after its weight."""
+    return sum(weight * value for weight, value in pairs) / sum(weight for weight, _value in pairs)
 
 
 def differences_by_position(part: Finished) -> dict[str, list[list[tuple[int, float]]]]:
@@ -145,10 +144,10 @@ def differences_by_position(part: Finished) -> dict[str, list[list[tuple[int, fl
     return found
 
 
-def by_position(part: Finished) -> dict[str, list[tuple[int, float]]]:
-    """{side: [last position of the range, difference to the reference]}, mean over the seeds that both have."""
+def mean_over_seeds(sides: dict[str, list[list[tuple[int, float]]]]) -> dict[str, list[tuple[int, float]]]:
+    """Of :func:`differences_by_position`, from FIRST_END on, of the sides that have any."""
     found = {}
-    for side, seeds in differences_by_position(part).items():
+    for side, seeds in sides.items():
         values = [[(end, value) for end, value in pairs if end >= FIRST_END] for pairs in seeds]
         if values:
             found[side] = [(same[0][0], Spread.of([v for _end, v in same]).mean) for same in zip(*values, strict=True)]
