@@ -41,6 +41,8 @@ from .operators_linformer import (
     mix_sequence_and_attend_op,
     normalise_and_rotate_backward_op,
     normalise_and_rotate_op,
+    project_and_attend_backward_op,
+    project_and_attend_op,
     rotary_angles_op,
     slots_tile,
 )
@@ -98,6 +100,49 @@ def mix_and_attend(
     mixed = None if rotated_key_BGND is None else key
     tensors = _once_each(query, near, value, mixed, *weights)
     return _MixAndAttend.apply(*tensors, *(slot_angles or (None, None)), block_BC, first_block_BC, list(layout))
+
+
+def project_and_attend(
+    hidden_BNE: Tensor,
+    projections: tuple[Tensor, Tensor, Tensor],
+    heads: int,
+    dim: int,
+    angles: tuple[Tensor, Tensor] | None,
+    weights: tuple[Tensor, Tensor],
+    layout: BlockLayout,
+    slot_angles: tuple[Tensor, Tensor] | None = None,
+    block_BC: Tensor | None = None,
+    first_block_BC: Tensor | None = None,
+) -> Tensor | None:
+    """:func:`mix_and_attend` from hidden states, for training: queries, keys and values are one product each way.
+
+    In one node of the graph they need no memory of their own beside it: queries are turned where they lie, the kernels
+    turn the gradients of queries and keys back, and write all three where the product of their gradient reads them.
+
+    Args:
+        hidden_BNE: what the projections take, tokens in index order.
+        projections: weights of queries, [H * D, E], of keys and of values, [G * D, E]; no bias, no norm of heads.
+        heads, dim: H and D.
+        angles: cos and sin of the tokens, [B or 1, 1, N, D], both halves of D the same; None: nothing is turned.
+        weights, layout, slot_angles, block_BC, first_block_BC: as :func:`mix_and_attend` has them.
+
+    Returns: [B, H, N, D]; None, and nothing is done, where :func:`_fits_mixing` does not hold, D is not a power of two,
+        or no gradient is recorded: then there is nothing to gain.
+    Raises:
+        ValueError: fewer angles than tokens or slots.
+    Cost: that of :func:`mix_and_attend` and O(B·N·E·(H + 2·G)·D).
+    Invariants: those of :func:`mix_and_attend`.
+    """
+    given = (hidden_BNE, *projections, *weights)
+    if padded_dim(dim) != dim or not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)):
+        return None
+    hidden, *projections = _one_dtype(hidden_BNE, *projections)
+    like_a_head = hidden.narrow(-1, 0, 1).expand(-1, -1, dim)
+    if not _fits_mixing((like_a_head,), layout):
+        return None
+    tensors = _once_each(hidden, torch.cat(projections), *weights)
+    pairs = [(None, None) if pair is None else pair for pair in (angles, slot_angles)]
+    return _ProjectAndAttend.apply(*tensors, *pairs[0], *pairs[1], block_BC, first_block_BC, heads, dim, list(layout))
 
 
 def mix_and_attend_with_slots(
@@ -344,6 +389,33 @@ class _MixAndAttend(torch.autograd.Function):
         grad_mixed_key = None if mixed_key is None else grad_mixed_key
         grad_weights = _sum_parts(parts, key_weight, number).unbind() if needs_weight else (None, None)
         return *states, grad_mixed_key, *grad_weights, None, None, None, None, None
+
+
+class _ProjectAndAttend(torch.autograd.Function):
+    """Keeps the inputs, queries, keys and values, the slots, the output and one number a query."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden, weight, key_weight, value_weight, angle_cos, angle_sin, cos, sin, number, first_block,
+        heads, dim, layout,
+    ):  # fmt: skip
+        rest = (angle_cos, angle_sin, key_weight, value_weight, cos, sin, number, first_block)
+        results = project_and_attend_op(hidden, weight, *rest, heads, dim, layout)
+        ctx.save_for_backward(hidden, weight, *results, *rest)
+        ctx.sizes = heads, dim, layout
+        return results[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad):
+        saved = ctx.saved_tensors  # once: checkpointing computes them anew when they are asked for
+        key_weight, number = saved[10], saved[14]
+        hidden, weight, *mixing = ctx.needs_input_grad[:4]
+        needs = [hidden, weight, any(mixing)]
+        *grads, parts = project_and_attend_backward_op(grad, *saved, *ctx.sizes, needs)
+        grads = [grad if need else None for grad, need in zip(grads, needs, strict=False)]
+        grad_weights = _sum_parts(parts, key_weight, number).unbind() if needs[2] else (None, None)
+        return *grads, *grad_weights, *(None,) * 9
 
 
 def _sum_parts(part_2BGCPR: Tensor, weight_XCPR: Tensor, number_BC: Tensor | None) -> Tensor:
