@@ -45,6 +45,7 @@ from .operators_linformer import (
     project_and_attend_op,
     rotary_angles_op,
     slots_tile,
+    split_heads,
 )
 from .triton_linformer import triton
 
@@ -114,10 +115,11 @@ def project_and_attend(
     block_BC: Tensor | None = None,
     first_block_BC: Tensor | None = None,
 ) -> Tensor | None:
-    """:func:`mix_and_attend` from hidden states, for training: queries, keys and values are one product each way.
+    """:func:`mix_and_attend` from hidden states, with the projections that make queries, keys and values of them.
 
-    In one node of the graph they need no memory of their own beside it: queries are turned where they lie, the kernels
-    turn the gradients of queries and keys back, and write all three where the product of their gradient reads them.
+    In one node of the graph the three lie side by side: queries are turned where they are, the kernels turn the
+    gradients of queries and keys back, and write all three where one product for hidden states and one for the weights
+    read them.
 
     Args:
         hidden_BNE: what the projections take, tokens in index order.
@@ -126,23 +128,61 @@ def project_and_attend(
         angles: cos and sin of the tokens, [B or 1, 1, N, D], both halves of D the same; None: nothing is turned.
         weights, layout, slot_angles, block_BC, first_block_BC: as :func:`mix_and_attend` has them.
 
-    Returns: [B, H, N, D]; None, and nothing is done, where :func:`_fits_mixing` does not hold, D is not a power of two,
-        or no gradient is recorded: then there is nothing to gain.
+    Returns: [B, H, N, D]; None, and nothing is done, where :func:`_fits_mixing` does not hold or D is no power of two.
     Raises:
         ValueError: fewer angles than tokens or slots.
     Cost: that of :func:`mix_and_attend` and O(B·N·E·(H + 2·G)·D).
     Invariants: those of :func:`mix_and_attend`.
     """
+    tensors = _as_operator_takes_them(hidden_BNE, projections, dim, angles, weights, layout, slot_angles)
+    if tensors is None:
+        return None
+    run = _ProjectAndAttend.apply if torch.is_grad_enabled() else _project_and_attend_output
+    return run(*tensors, block_BC, first_block_BC, heads, dim, list(layout))
+
+
+def project_and_attend_with_slots(
+    hidden_BNE: Tensor,
+    projections: tuple[Tensor, Tensor, Tensor],
+    heads: int,
+    dim: int,
+    angles: tuple[Tensor, Tensor] | None,
+    weights: tuple[Tensor, Tensor],
+    layout: BlockLayout,
+    slot_angles: tuple[Tensor, Tensor] | None = None,
+    block_BC: Tensor | None = None,
+    first_block_BC: Tensor | None = None,
+) -> tuple[Tensor, ...] | None:
+    """:func:`project_and_attend`, and what a cache keeps of a prompt.
+
+    Returns: output, [B, H, N, D]; keys, keys turned and values, [B, G, N, D]; slots of keys, turned, and of values,
+        [B, G, C * R, D]. None also where a gradient is recorded, which would not reach what is kept.
+    """
     given = (hidden_BNE, *projections, *weights)
-    if padded_dim(dim) != dim or not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)):
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+        return None
+    tensors = _as_operator_takes_them(hidden_BNE, projections, dim, angles, weights, layout, slot_angles)
+    if tensors is None:
+        return None
+    results = project_and_attend_op(*tensors, block_BC, first_block_BC, heads, dim, list(layout))
+    output, _, slot_key, slot_value, states, turned = results
+    _, key, value = split_heads(states, heads, dim)
+    return output, key, key if angles is None else turned, value, slot_key, slot_value
+
+
+def _as_operator_takes_them(hidden_BNE, projections, dim, angles, weights, layout, slot_angles) -> tuple | None:
+    """Tensors of ``project_and_attend_op`` up to the angles of the slots; None where it does not take them."""
+    if padded_dim(dim) != dim:
         return None
     hidden, *projections = _one_dtype(hidden_BNE, *projections)
-    like_a_head = hidden.narrow(-1, 0, 1).expand(-1, -1, dim)
-    if not _fits_mixing((like_a_head,), layout):
+    if not _fits_mixing((hidden,), layout, dim):
         return None
-    tensors = _once_each(hidden, torch.cat(projections), *weights)
     pairs = [(None, None) if pair is None else pair for pair in (angles, slot_angles)]
-    return _ProjectAndAttend.apply(*tensors, *pairs[0], *pairs[1], block_BC, first_block_BC, heads, dim, list(layout))
+    return *_once_each(hidden, *projections), *pairs[0], *_once_each(*weights), *pairs[1]
+
+
+def _project_and_attend_output(*arguments: Any) -> Tensor:
+    return project_and_attend_op(*arguments)[0]
 
 
 def mix_and_attend_with_slots(
@@ -291,15 +331,18 @@ def normalise_and_rotate(
     return query, key, rotated if rotates_key else key
 
 
-def _fits(tensors: tuple[Tensor, ...], layout: BlockLayout) -> bool:
+def _fits(tensors: tuple[Tensor, ...], layout: BlockLayout, dim: int | None = None) -> bool:
     """Triton, an NVIDIA GPU with bfloat16 (Ampere, 2020, or later), 16 to 256 features in at most 32 bits.
+
+    Of queries first among ``tensors``, or of hidden states that become some of ``dim`` features.
 
     Up to 128 features where a program has less than 160 KiB of shared memory (GeForce, RTX, L4). Gradients through a
     cache (``past_tokens``) have no kernel: training does not form any.
     """
     query = tensors[0]
+    dim = query.shape[-1] if dim is None else dim
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
-    if triton is None or query.dtype not in dtypes or not 16 <= query.shape[-1] <= 256:
+    if triton is None or query.dtype not in dtypes or not 16 <= dim <= 256:
         return False
     if query.numel() == 0 or query.shape[0] > LARGEST_GRID:
         return False
@@ -308,18 +351,18 @@ def _fits(tensors: tuple[Tensor, ...], layout: BlockLayout) -> bool:
         return False
     if query.device.type == "cpu":
         return INTERPRETED
-    return is_known(query) and (query.shape[-1] <= 128 or shared_memory(query.device) >= ROOMY)
+    return is_known(query) and (dim <= 128 or shared_memory(query.device) >= ROOMY)
 
 
-def _fits_mixing(tensors: tuple[Tensor, ...], layout: BlockLayout) -> bool:
+def _fits_mixing(tensors: tuple[Tensor, ...], layout: BlockLayout, dim: int | None = None) -> bool:
     """:func:`_fits`, and all slots that a tile of tokens enters are mixed in one product.
 
     That is some slots, up to 128, in some shared memory.
     """
-    if not _fits(tensors, layout):
+    if not _fits(tensors, layout, dim):
         return False
     query = tensors[0]
-    padded, r = padded_dim(query.shape[-1]), layout.slots_per_block
+    padded, r = padded_dim(query.shape[-1] if dim is None else dim), layout.slots_per_block
     tile = tile_of("token", padded, query.element_size())
     slots = slots_tile(tile.keys, layout.block_size, r) if r else 0
     room = 2**15 if query.device.type == "cpu" or shared_memory(query.device) >= ROOMY else 2**14
@@ -395,13 +438,10 @@ class _ProjectAndAttend(torch.autograd.Function):
     """Keeps the inputs, queries, keys and values, the slots, the output and one number a query."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden, weight, key_weight, value_weight, angle_cos, angle_sin, cos, sin, number, first_block,
-        heads, dim, layout,
-    ):  # fmt: skip
-        rest = (angle_cos, angle_sin, key_weight, value_weight, cos, sin, number, first_block)
-        results = project_and_attend_op(hidden, weight, *rest, heads, dim, layout)
-        ctx.save_for_backward(hidden, weight, *results, *rest)
+    def forward(ctx: Any, *arguments):
+        *tensors, heads, dim, layout = arguments
+        results = project_and_attend_op(*arguments)
+        ctx.save_for_backward(*tensors, *results)
         ctx.sizes = heads, dim, layout
         return results[0]
 
@@ -409,13 +449,17 @@ class _ProjectAndAttend(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad):
         saved = ctx.saved_tensors  # once: checkpointing computes them anew when they are asked for
-        key_weight, number = saved[10], saved[14]
-        hidden, weight, *mixing = ctx.needs_input_grad[:4]
-        needs = [hidden, weight, any(mixing)]
-        *grads, parts = project_and_attend_backward_op(grad, *saved, *ctx.sizes, needs)
-        grads = [grad if need else None for grad, need in zip(grads, needs, strict=False)]
-        grad_weights = _sum_parts(parts, key_weight, number).unbind() if needs[2] else (None, None)
-        return *grads, *grad_weights, *(None,) * 9
+        tensors, results = saved[:-6], saved[-6:]
+        _, *projections, _, _, key_weight, _, _, _, number, _ = tensors
+        hidden, *of_projections, _, _, of_key, of_value = ctx.needs_input_grad[:8]
+        needs = [hidden, any(of_projections), of_key or of_value]
+        grad_hidden, grad_projections, parts = project_and_attend_backward_op(
+            grad, *tensors, *ctx.sizes, *results, needs
+        )
+        grads = [grad_hidden if hidden else None]
+        grads += grad_projections.split([len(weight) for weight in projections]) if needs[1] else [None] * 3
+        of_weights = _sum_parts(parts, key_weight, number).unbind() if needs[2] else (None, None)
+        return *grads, None, None, *of_weights, *(None,) * 7
 
 
 def _sum_parts(part_2BGCPR: Tensor, weight_XCPR: Tensor, number_BC: Tensor | None) -> Tensor:

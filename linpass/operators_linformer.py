@@ -323,18 +323,23 @@ def _mixed_backward_shapes(
     )
 
 
-def _apart(states_BNX: Tensor, heads: int, dim: int) -> tuple[Tensor, ...]:
+def split_heads(states_BNX: Tensor, heads: int, dim: int) -> tuple[Tensor, ...]:
     """Queries, keys and values, [B, H or G, N, D] each, of which a token's lie side by side in memory."""
     groups = (states_BNX.shape[2] // dim - heads) // 2
     return states_BNX.unflatten(2, (-1, dim)).transpose(1, 2).split((heads, groups, groups), 1)
 
 
 def _project_and_attend(
-    hidden, weight, angle_cos, angle_sin, key_weight, value_weight, cos, sin, number, first_block, heads, dim, layout
-):
-    """``states`` are the queries as they are turned, keys and values as they are; ``near`` the keys turned."""
-    states = hidden @ weight.mT
-    query, key, value = _apart(states, heads, dim)
+    hidden, of_query, of_key, of_value, angle_cos, angle_sin,
+    key_weight, value_weight, cos, sin, number, first_block, heads, dim, layout,
+):  # fmt: skip
+    """``states`` are the queries as they are turned, keys and values as they are; ``turned`` the keys turned."""
+    projections = (of_query, of_key, of_value)
+    states = hidden.new_empty(*hidden.shape[:2], sum(map(len, projections)))
+    rows, columns = hidden.flatten(0, 1), states.flatten(0, 1).split([len(weight) for weight in projections], 1)
+    for weight, out in zip(projections, columns, strict=True):
+        torch.mm(rows, weight.t(), out=out)
+    query, key, value = split_heads(states, heads, dim)
     near, turned = key, hidden.new_empty(0)
     if angle_cos is not None and angle_cos.shape[-2] < query.shape[2]:
         raise ValueError(f"angles has {angle_cos.shape[-2]} rows; {query.shape[2]} tokens need one each")
@@ -354,10 +359,11 @@ def _project_and_attend(
 
 
 def _project_and_attend_shapes(
-    hidden, weight, angle_cos, angle_sin, key_weight, value_weight, cos, sin, number, first_block, heads, dim, layout
-):
-    states = hidden.new_empty(*hidden.shape[:2], len(weight))
-    query, key, value = _apart(states, heads, dim)
+    hidden, of_query, of_key, of_value, angle_cos, angle_sin,
+    key_weight, value_weight, cos, sin, number, first_block, heads, dim, layout,
+):  # fmt: skip
+    states = hidden.new_empty(*hidden.shape[:2], sum(map(len, (of_query, of_key, of_value))))
+    query, key, value = split_heads(states, heads, dim)
     slots = _mix_shapes(key, value, key_weight, value_weight, cos, sin, number, layout)
     turned = hidden.new_empty(0) if angle_cos is None else _like_tokens(key)
     return *_forward_shapes(query), *slots, states, turned
@@ -365,20 +371,20 @@ def _project_and_attend_shapes(
 
 @_in_the_given_dtypes
 def _project_and_attend_backward(
-    grad, hidden, weight, output, logsumexp, slot_key, slot_value, states, turned, angle_cos, angle_sin,
-    key_weight, value_weight, cos, sin, number, first_block, heads, dim, layout, needs,
+    grad, hidden, of_query, of_key, of_value, angle_cos, angle_sin, key_weight, value_weight, cos, sin, number,
+    first_block, heads, dim, layout, output, logsumexp, slot_key, slot_value, states, turned, needs,
 ):  # fmt: skip
-    """Gradients of hidden states, of the projections' weights and, before they are summed, of the mixing's.
+    """Gradients of hidden states, of the three projections and, before they are summed, of the weights of the mixing.
 
-    ``needs`` says which of them; others are empty.
+    Those of the projections lie below each other. ``needs`` says which of the three are wanted; others are empty.
     """
     layout, batch = BlockLayout(*layout), len(hidden)
     (grad,) = _unit_rows(grad)
-    query, key, value = _apart(states, heads, dim)
+    query, key, value = split_heads(states, heads, dim)
     near, mixed_key = (key, None) if angle_cos is None else (turned, key)
     angles = (_angle_rows(angle_cos, batch), _angle_rows(angle_sin, batch))
     grad_states = torch.empty_like(states)
-    grad_query, *grad_keys_and_values = _apart(grad_states, heads, dim)
+    grad_query, grad_key, grad_value = split_heads(grad_states, heads, dim)
     _, delta, grad_slots, end_block = _query_and_slot_gradients(
         grad, query, near, value, slot_key, slot_value, first_block, output, logsumexp, layout, None,
         *angles, grad_query,
@@ -386,21 +392,24 @@ def _project_and_attend_backward(
     *_, grad_mixing = _token_gradients(
         grad, query, near, value, logsumexp, delta, end_block, layout, grad_slots, mixed_key,
         key_weight, value_weight, _angle_rows(cos, batch), _angle_rows(sin, batch), _every_row(number, batch),
-        needs[2], *angles, *grad_keys_and_values,
+        needs[2], *angles, grad_key, grad_value,
     )  # fmt: skip
-    grad_hidden = grad_states @ weight if needs[0] else hidden.new_empty(0)
-    grad_weight = grad_states.flatten(0, 1).mT @ hidden.flatten(0, 1) if needs[1] else hidden.new_empty(0)
-    return grad_hidden, grad_weight, hidden.new_empty(0) if grad_mixing is None else grad_mixing
+    grad_hidden = grad_states @ torch.cat((of_query, of_key, of_value)) if needs[0] else None
+    grad_projections = grad_states.flatten(0, 1).t() @ hidden.flatten(0, 1) if needs[1] else None
+    grads = (grad_hidden, grad_projections, grad_mixing)
+    return tuple([hidden.new_empty(0) if grad is None else grad for grad in grads])
 
 
 def _project_and_attend_backward_shapes(
-    grad, hidden, weight, output, logsumexp, slot_key, slot_value, states, turned, angle_cos, angle_sin,
-    key_weight, value_weight, cos, sin, number, first_block, heads, dim, layout, needs,
+    grad, hidden, of_query, of_key, of_value, angle_cos, angle_sin, key_weight, value_weight, cos, sin, number,
+    first_block, heads, dim, layout, output, logsumexp, slot_key, slot_value, states, turned, needs,
 ):  # fmt: skip
-    _, key, _ = _apart(states, heads, dim)
-    mixing = _empty_parts(key, slot_key.shape[2], BlockLayout(*layout)) if needs[2] else hidden.new_empty(0)
-    shapes = (states.shape if need else 0 for need, states in zip(needs, (hidden, weight), strict=False))
-    return *map(hidden.new_empty, shapes), mixing
+    _, key, _ = split_heads(states, heads, dim)
+    return (
+        hidden.new_empty(hidden.shape if needs[0] else 0),
+        hidden.new_empty((states.shape[2], hidden.shape[2]) if needs[1] else 0),
+        _empty_parts(key, slot_key.shape[2], BlockLayout(*layout)) if needs[2] else hidden.new_empty(0),
+    )
 
 
 def _slots_forward(query, slot_key, slot_value, count):
@@ -668,6 +677,10 @@ def _operators(**operators: tuple[str, Any, Any]) -> list[Any]:
 _SEEN = "Tensor query, Tensor key, Tensor value, Tensor slot_key, Tensor slot_value, Tensor? first_block"
 _MIXED_SEQUENCE = "Tensor key, Tensor value, Tensor key_weight, Tensor value_weight, Tensor? cos, Tensor? sin"
 _WEIGHTS = "Tensor key_weight, Tensor value_weight, Tensor? cos, Tensor? sin, Tensor? number"
+_PROJECTED = (
+    "Tensor hidden, Tensor of_query, Tensor of_key, Tensor of_value, Tensor? angle_cos, Tensor? angle_sin,"
+    f" {_WEIGHTS}, Tensor? first_block, int heads, int dim, int[] layout"
+)
 (
     attend_op,
     attend_backward_op,
@@ -704,16 +717,13 @@ _WEIGHTS = "Tensor key_weight, Tensor value_weight, Tensor? cos, Tensor? sin, Te
         _mixed_backward_shapes,
     ),
     project_and_attend=(
-        f"(Tensor hidden, Tensor weight, Tensor? angle_cos, Tensor? angle_sin, {_WEIGHTS}, Tensor? first_block,"
-        " int heads, int dim, int[] layout) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        f"({_PROJECTED}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
         _project_and_attend,
         _project_and_attend_shapes,
     ),
     project_and_attend_backward=(
-        "(Tensor grad, Tensor hidden, Tensor weight, Tensor output, Tensor logsumexp, Tensor slot_key,"
-        " Tensor slot_value, Tensor states, Tensor turned, Tensor? angle_cos, Tensor? angle_sin,"
-        f" {_WEIGHTS}, Tensor? first_block, int heads, int dim, int[] layout, bool[] needs)"
-        " -> (Tensor, Tensor, Tensor)",
+        f"(Tensor grad, {_PROJECTED}, Tensor output, Tensor logsumexp, Tensor slot_key, Tensor slot_value,"
+        " Tensor states, Tensor turned, bool[] needs) -> (Tensor, Tensor, Tensor)",
         _project_and_attend_backward,
         _project_and_attend_backward_shapes,
     ),

@@ -9,13 +9,13 @@ import pytest
 import torch
 from test_kernels_linformer import DEVICE, RUNS, Dispatches, arguments, assert_within_the_table, make_grid, oracle
 from test_kernels_linformer import Case as Attention
-from tolerances import GRADIENT, relative_error
+from tolerances import GRADIENT, VALUE, relative_error
 from torch import library
 from torch.nn import functional as F
 
 import linpass.operators_linformer
 from linpass import LinformerConfig, LinformerForCausalLM, LinformerForMaskedLM
-from linpass.attention_linformer import rotary_angles, rotate
+from linpass.attention_linformer import mix_keys_and_values, rotary_angles, rotate
 
 PROJECTIONS, MIXING = ("q", "k", "v"), ("E", "F")
 
@@ -123,9 +123,9 @@ def apart(case, leaves):
     return states | {part: leaves[part] for part in MIXING if part in leaves}
 
 
-def together(kernels, case, leaves, grid):
+def together(kernels, case, leaves, grid, run=None):
     a = arguments(case, apart(case, leaves), grid)
-    return kernels.project_and_attend(
+    return (run or kernels.project_and_attend)(
         hidden_states(case, leaves),
         tuple(leaves[part] for part in PROJECTIONS),
         case.heads,
@@ -241,26 +241,44 @@ def test_the_operators_keep_their_promises(case, kernels, calls):
     """Schema, and shapes, dtypes and strides that torch.compile is told."""
     tests = {"test_utils": ("test_schema", "test_faketensor")}
     together(kernels, case, make_leaves(case), make_grid(case))
-    hidden, weight, *rest = (part.detach() if isinstance(part, torch.Tensor) else part for part in calls[0])
+    given = [part.detach() if isinstance(part, torch.Tensor) else part for part in calls[0]]
     operator = linpass.operators_linformer.project_and_attend_op
-    library.opcheck(operator, (hidden, weight, *rest), **tests)
-    results = operator(hidden, weight, *rest)
+    library.opcheck(operator, given, **tests)
+    results = operator(*given)
     for needs in ([True] * 3, [False, True, False], [True, False, False]):
-        backward = (output_gradient(case), hidden, weight, *results, *rest, needs)
+        backward = (output_gradient(case), *given, *results, needs)
         library.opcheck(kernels.project_and_attend_backward_op, backward, **tests)
 
 
 @pytest.mark.parametrize(
-    ("case", "why"),
-    [(Case(dtype=torch.float64), "float64"), (Case(dim=24), "no power of two"), (Case(), "no gradient")],
-    ids=lambda part: part if isinstance(part, str) else "",
+    "case",
+    [Case(dtype=torch.float64), Case(dim=24), Case(dim=512, tokens=9), Case(slots=129, block=256, tokens=9)],
 )
-def test_what_no_kernel_takes_is_left_to_others(case, why, kernels, recorded_launches):
+def test_what_no_kernel_takes_is_left_to_others(case, kernels, recorded_launches):
     launches = recorded_launches(lambda kernel, _tensors: kernel.__name__)
     leaves, grid = make_leaves(case), make_grid(case)
-    with torch.set_grad_enabled(why != "no gradient"):
-        assert together(kernels, case, leaves, grid) is None
+    assert together(kernels, case, leaves, grid) is None
+    with torch.no_grad():
+        assert together(kernels, case, leaves, grid, kernels.project_and_attend_with_slots) is None
     assert not launches
+
+
+@pytest.mark.parametrize("case", [Case(), Case(rotary=False, groups=2), pytest.param(REAL, marks=pytest.mark.gpu)])
+def test_a_prompt_gets_what_a_cache_keeps(case, kernels):
+    """The same bits as with gradients; keys, turned and not, values and slots are those of the steps apart."""
+    leaves, grid = make_leaves(case), make_grid(case)
+    wanted = together(kernels, case, leaves, grid)
+    assert together(kernels, case, leaves, grid, kernels.project_and_attend_with_slots) is None
+    with torch.no_grad():
+        output, *kept = together(kernels, case, leaves, grid, kernels.project_and_attend_with_slots)
+        assert torch.equal(together(kernels, case, leaves, grid), wanted)
+    assert torch.equal(output, wanted)
+    truths = {part: leaf.detach().double() for part, leaf in leaves.items()}
+    a = arguments(case, apart(case, truths), grid)
+    near = a.key if a.near is None else a.near
+    slots = mix_keys_and_values(a.key, a.value, a.weights, a.angles, a.blocks)
+    for found, expected in zip(kept, (a.key, near, a.value, *slots), strict=True):
+        assert relative_error(found, expected) < VALUE[case.dtype]
 
 
 @pytest.mark.parametrize("which", ["angles", "slot_angles"])
@@ -362,9 +380,24 @@ def test_other_models_do_not(changes, calls):
     assert not calls
 
 
-def test_without_gradients_and_with_a_cache_models_do_not(calls):
-    model, ids = make_model(), torch.randint(1, 100, (2, 30), device=DEVICE)
+@pytest.mark.parametrize("changes", [{}, {"position_embedding": "learned"}], ids=str)
+@pytest.mark.parametrize("tokens", [24, 30, 5])
+def test_prompts_of_a_cache_do_where_no_gradient_is_recorded(tokens, changes, calls):
+    """A prompt in two parts, and a third token by token; rows are padded on the left."""
+    model, ids = make_model(**changes), torch.randint(1, 100, (2, 32), device=DEVICE)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
     with torch.no_grad():
-        model(ids, use_cache=False)
+        wanted = model.double()(ids, attention_mask=mask, use_cache=False).logits
+        assert not calls
+        model.float()
+        past, found = None, []
+        for start, stop in ((0, tokens - 3), (tokens - 3, tokens), *((i, i + 1) for i in range(tokens, 32))):
+            past = model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=past, use_cache=True)
+            found.append(past.logits)
+            past = past.past_key_values
+    assert len(calls) == 2
+    real = mask.bool()
+    assert relative_error(torch.cat(found, 1)[real], wanted[real]) < 10 * VALUE[torch.float32]
     model(ids, use_cache=True)
-    assert not calls
+    assert len(calls) == 2
