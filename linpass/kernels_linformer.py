@@ -170,11 +170,15 @@ def project_and_attend_with_slots(
     return output, key, key if angles is None else turned, value, slot_key, slot_value
 
 
-def _as_operator_takes_them(hidden_BNE, projections, dim, angles, weights, layout, slot_angles) -> tuple | None:
-    """Tensors of ``project_and_attend_op`` up to the angles of the slots; None where it does not take them."""
-    if padded_dim(dim) != dim:
+def _as_operator_takes_them(hidden_BNE, given, dim, angles, weights, layout, slot_angles) -> tuple | None:
+    """Tensors of ``project_and_attend_op`` up to the angles of the slots; None where it does not take them.
+
+    Of weights of another dtype, without autocast, a product of matrices says so best.
+    """
+    automatic = torch.is_autocast_enabled(hidden_BNE.device.type)
+    if padded_dim(dim) != dim or not (automatic or all(weight.dtype == hidden_BNE.dtype for weight in given)):
         return None
-    hidden, *projections = _one_dtype(hidden_BNE, *projections)
+    hidden, *projections = _one_dtype(hidden_BNE, *given)
     if not _fits_mixing((hidden,), layout, dim):
         return None
     pairs = [(None, None) if pair is None else pair for pair in (angles, slot_angles)]
@@ -435,13 +439,17 @@ class _MixAndAttend(torch.autograd.Function):
 
 
 class _ProjectAndAttend(torch.autograd.Function):
-    """Keeps the inputs, queries, keys and values, the slots, the output and one number a query."""
+    """Keeps the inputs, queries, keys, keys turned and values, the slots, the output and one number a query.
+
+    The gradients of the three projections are views of one tensor.
+    """
 
     @staticmethod
     def forward(ctx: Any, *arguments):
-        *tensors, heads, dim, layout = arguments
+        hidden, *tensors, heads, dim, layout = arguments
         results = project_and_attend_op(*arguments)
-        ctx.save_for_backward(*tensors, *results)
+        kept = hidden if any(ctx.needs_input_grad[1:4]) else None
+        ctx.save_for_backward(kept, *tensors, *results)
         ctx.sizes = heads, dim, layout
         return results[0]
 

@@ -336,14 +336,15 @@ def _project_and_attend(
     """``states`` are the queries as they are turned, keys and values as they are; ``turned`` the keys turned."""
     projections = (of_query, of_key, of_value)
     states = hidden.new_empty(*hidden.shape[:2], sum(map(len, projections)))
-    rows, columns = hidden.flatten(0, 1), states.flatten(0, 1).split([len(weight) for weight in projections], 1)
+    columns = states.flatten(0, 1).split([len(weight) for weight in projections], 1)
     for weight, out in zip(projections, columns, strict=True):
-        torch.mm(rows, weight.t(), out=out)
+        torch.mm(hidden.flatten(0, 1), weight.t(), out=out)
     query, key, value = split_heads(states, heads, dim)
     near, turned = key, hidden.new_empty(0)
-    if angle_cos is not None and angle_cos.shape[-2] < query.shape[2]:
-        raise ValueError(f"angles has {angle_cos.shape[-2]} rows; {query.shape[2]} tokens need one each")
     if angle_cos is not None:
+        rows = min(angle_cos.shape[-2], angle_sin.shape[-2])
+        if rows < query.shape[2]:
+            raise ValueError(f"angles has {rows} rows; {query.shape[2]} tokens need one each")
         near = turned = _like_tokens(key)
         grid, sizes = _rows_and_heads(query, heads, key.shape[1])
         angles = (_angle_rows(angle_cos, len(hidden)), _angle_rows(angle_sin, len(hidden)))
@@ -376,9 +377,10 @@ def _project_and_attend_backward(
 ):  # fmt: skip
     """Gradients of hidden states, of the three projections and, before they are summed, of the weights of the mixing.
 
-    Those of the projections lie below each other. ``needs`` says which of the three are wanted; others are empty.
+    Those of the projections lie below each other. ``needs`` says which of the three are wanted; others are empty, and
+    hidden states are there if those of the projections are.
     """
-    layout, batch = BlockLayout(*layout), len(hidden)
+    layout, batch = BlockLayout(*layout), len(states)
     (grad,) = _unit_rows(grad)
     query, key, value = split_heads(states, heads, dim)
     near, mixed_key = (key, None) if angle_cos is None else (turned, key)
@@ -397,7 +399,7 @@ def _project_and_attend_backward(
     grad_hidden = grad_states @ torch.cat((of_query, of_key, of_value)) if needs[0] else None
     grad_projections = grad_states.flatten(0, 1).t() @ hidden.flatten(0, 1) if needs[1] else None
     grads = (grad_hidden, grad_projections, grad_mixing)
-    return tuple([hidden.new_empty(0) if grad is None else grad for grad in grads])
+    return tuple([states.new_empty(0) if grad is None else grad for grad in grads])
 
 
 def _project_and_attend_backward_shapes(
@@ -405,10 +407,11 @@ def _project_and_attend_backward_shapes(
     first_block, heads, dim, layout, output, logsumexp, slot_key, slot_value, states, turned, needs,
 ):  # fmt: skip
     _, key, _ = split_heads(states, heads, dim)
+    width = of_query.shape[1]
     return (
-        hidden.new_empty(hidden.shape if needs[0] else 0),
-        hidden.new_empty((states.shape[2], hidden.shape[2]) if needs[1] else 0),
-        _empty_parts(key, slot_key.shape[2], BlockLayout(*layout)) if needs[2] else hidden.new_empty(0),
+        states.new_empty((*states.shape[:2], width) if needs[0] else 0),
+        states.new_empty((states.shape[2], width) if needs[1] else 0),
+        _empty_parts(key, slot_key.shape[2], BlockLayout(*layout)) if needs[2] else states.new_empty(0),
     )
 
 
@@ -678,7 +681,7 @@ _SEEN = "Tensor query, Tensor key, Tensor value, Tensor slot_key, Tensor slot_va
 _MIXED_SEQUENCE = "Tensor key, Tensor value, Tensor key_weight, Tensor value_weight, Tensor? cos, Tensor? sin"
 _WEIGHTS = "Tensor key_weight, Tensor value_weight, Tensor? cos, Tensor? sin, Tensor? number"
 _PROJECTED = (
-    "Tensor hidden, Tensor of_query, Tensor of_key, Tensor of_value, Tensor? angle_cos, Tensor? angle_sin,"
+    "Tensor of_query, Tensor of_key, Tensor of_value, Tensor? angle_cos, Tensor? angle_sin,"
     f" {_WEIGHTS}, Tensor? first_block, int heads, int dim, int[] layout"
 )
 (
@@ -717,13 +720,13 @@ _PROJECTED = (
         _mixed_backward_shapes,
     ),
     project_and_attend=(
-        f"({_PROJECTED}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        f"(Tensor hidden, {_PROJECTED}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
         _project_and_attend,
         _project_and_attend_shapes,
     ),
     project_and_attend_backward=(
-        f"(Tensor grad, {_PROJECTED}, Tensor output, Tensor logsumexp, Tensor slot_key, Tensor slot_value,"
-        " Tensor states, Tensor turned, bool[] needs) -> (Tensor, Tensor, Tensor)",
+        f"(Tensor grad, Tensor? hidden, {_PROJECTED}, Tensor output, Tensor logsumexp, Tensor slot_key,"
+        " Tensor slot_value, Tensor states, Tensor turned, bool[] needs) -> (Tensor, Tensor, Tensor)",
         _project_and_attend_backward,
         _project_and_attend_backward_shapes,
     ),

@@ -12,6 +12,7 @@ from test_kernels_linformer import Case as Attention
 from tolerances import GRADIENT, VALUE, relative_error
 from torch import library
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import register_parametrization
 
 import linpass.operators_linformer
 from linpass import LinformerConfig, LinformerForCausalLM, LinformerForMaskedLM
@@ -49,7 +50,7 @@ SMALL = [
     {"tokens_last": True},
     {"fixed": "hidden"},
     {"fixed": "qkv"},
-    {"fixed": "EF"},
+    *({"fixed": weights} for weights in ("E", "F", "EF")),
 ]
 ON_A_GPU = [
     {},
@@ -203,6 +204,53 @@ def test_fixed_leaves_and_further_runs_change_no_bit(case, kernels, poisoned_mem
             assert torch.equal(found, first[part]), part
 
 
+@pytest.mark.parametrize("fixed", [(), ("hidden",), PROJECTIONS, MIXING])
+def test_what_nobody_wants_is_not_computed_nor_kept(fixed, kernels, monkeypatch):
+    case, empty, operator = Case(), [], kernels.project_and_attend_backward_op
+    leaves, grid = make_leaves(case), make_grid(case)
+    some = {part: leaf.detach() if part in fixed else leaf for part, leaf in leaves.items()}
+
+    def record(*call):
+        results = operator(*call)
+        empty.append([result.numel() == 0 for result in results] + [call[1] is None])
+        return results
+
+    monkeypatch.setattr(kernels, "project_and_attend_backward_op", record)
+    gradients(together(kernels, case, some, grid), some, output_gradient(case))
+    assert empty == [[fixed == ("hidden",), fixed == PROJECTIONS, fixed == MIXING, fixed == PROJECTIONS]]
+
+
+@pytest.mark.parametrize("how", ["expanded", "features first", "every other"])
+def test_gradients_may_lie_in_memory_as_they_like(how, kernels):
+    case = Case()
+    leaves, grid, gradient = make_leaves(case), make_grid(case), output_gradient(case)
+    gradient = gradient[:, :1, :1].expand_as(gradient) if how == "expanded" else gradient
+    lies = {
+        "expanded": gradient,
+        "features first": gradient.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0),
+        "every other": gradient.repeat_interleave(2, -1)[..., ::2],
+    }[how]
+    assert not lies.is_contiguous()
+    wanted, got = (
+        gradients(together(kernels, case, leaves, grid), leaves, flow) for flow in (gradient.contiguous(), lies)
+    )
+    for part, expected in wanted.items():
+        assert torch.equal(got[part], expected), part
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_backward_pass_inside_autocast_keeps_its_dtype(dtype, kernels):
+    case = Case(**asdict(REAL) | {"dtype": torch.float32})
+    leaves, grid, gradient = make_leaves(case), make_grid(case), output_gradient(case)
+    outside, inside = (together(kernels, case, leaves, grid) for _ in range(2))
+    wanted = gradients(outside, leaves, gradient)
+    with torch.autocast(DEVICE.type, dtype):
+        got = gradients(inside, leaves, gradient)
+    for part, expected in wanted.items():
+        assert torch.equal(got[part], expected), part
+
+
 def test_one_call_each_way(kernels):
     case = Case()
     leaves, grid = make_leaves(case), make_grid(case)
@@ -302,23 +350,50 @@ def test_without_triton_it_is_left_to_others(kernels, monkeypatch):
 
 
 def make_model(causal=True, **changes):
-    fields = {"embed_dim": 32, "heads": 2, "seq_length": 32, "k": 8, "block_size": 8, "window_size": 12} | changes
-    config = LinformerConfig(vocab_size=100, depth=2, dropout=0.0, causal=causal, **{"qk_norm": False} | fields)
+    fields = {"embed_dim": 32, "heads": 2, "seq_length": 32, "k": 8, "block_size": 8, "window_size": 12}
+    fields |= {"vocab_size": 100, "depth": 2, "dropout": 0.0, "qk_norm": False, "position_embedding": "rotary"}
+    config = LinformerConfig(causal=causal, **fields | changes)
     return (LinformerForCausalLM if causal else LinformerForMaskedLM)(config).to(DEVICE)
 
 
-def train(model, ids):
-    """Gradients by name of one batch, of which the second row has padding on the left."""
+def train(model, ids, documents=None):
+    """Gradients by name of one batch, of ``documents``, or of rows of which the second has padding on the left."""
     model.zero_grad()
     mask = torch.ones_like(ids)
     mask[1, :5] = 0
-    more = {"use_cache": False} if model.config.causal else {}
-    model(ids, attention_mask=mask, labels=ids, **more).loss.backward()
+    more = {"attention_mask": mask} if documents is None else {"document_ids": documents}
+    more |= {"use_cache": False} if model.config.causal else {}
+    model(ids, labels=ids, **more).loss.backward()
     return {part: parameter.grad.clone() for part, parameter in model.named_parameters()}
 
 
 def with_a_hook(linear):
     linear.register_forward_hook(lambda *_: None)
+
+
+def with_a_hook_before(linear):
+    linear.register_forward_pre_hook(lambda *_: None)
+
+
+def with_a_hook_on_the_way_back(linear):
+    linear.register_full_backward_hook(lambda *_: None)
+
+
+def with_a_hook_before_the_way_back(linear):
+    linear.register_full_backward_pre_hook(lambda *_: None)
+
+
+def with_a_parametrization(linear):
+    register_parametrization(linear, "weight", torch.nn.Identity())
+
+
+def with_a_weight_of_another_kind(linear):
+    """As quantised ones are: the module stays what it was."""
+    linear.weight = torch.nn.Parameter(linear.weight.detach().as_subclass(Quantised))
+
+
+class Quantised(torch.Tensor):
+    pass
 
 
 def with_another_class(linear):
@@ -333,7 +408,13 @@ def with_a_bias(linear):
     linear.bias = torch.nn.Parameter(torch.zeros(len(linear.weight), device=DEVICE))
 
 
-@pytest.mark.parametrize("change", [with_a_hook, with_another_class, with_another_forward, with_a_bias])
+CHANGES = [
+    *(with_a_hook, with_a_hook_before, with_a_hook_on_the_way_back, with_a_hook_before_the_way_back),
+    *(with_a_parametrization, with_a_weight_of_another_kind, with_another_class, with_another_forward, with_a_bias),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("projection", ["q_proj", "k_proj", "v_proj"])
 def test_a_layer_whose_projections_were_changed_calls_them(change, projection, calls):
     """Adapters, quantised weights, hooks of parallel training: they are asked, and the gradients stay the same."""
@@ -344,20 +425,39 @@ def test_a_layer_whose_projections_were_changed_calls_them(change, projection, c
     got = train(model, ids)
     assert len(calls) == 3
     for part, expected in wanted.items():
-        assert relative_error(got[part], expected) < GRADIENT[torch.float32], part
+        found = got[part if part in got else part.replace("weight", "parametrizations.weight.original")]
+        assert relative_error(found, expected) < GRADIENT[torch.float32], part
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"position_embedding": "learned"}, {"projection_sharing": "layerwise"}], ids=str
-)
-def test_models_give_the_gradients_of_float64(changes, calls):
+MODELS = [
+    {},
+    {"position_embedding": "learned"},
+    {"projection_sharing": "layerwise"},
+    {"projection": "convolution", "num_key_value_heads": 2, "heads": 4, "embed_dim": 64},
+]
+
+
+@pytest.mark.parametrize("changes", MODELS, ids=str)
+@pytest.mark.parametrize("packed", [False, True])
+def test_models_give_the_gradients_of_float64(packed, changes, calls):
+    """Of documents that start elsewhere in each row, too."""
     model, ids = make_model(**changes), torch.randint(1, 100, (2, 30), device=DEVICE)
-    got = train(model, ids)
+    blocks = torch.arange(30, device=DEVICE) // 8
+    documents = torch.stack((blocks // 2, blocks.clamp(max=1))) if packed else None
+    got = train(model, ids, documents)
     assert len(calls) == 2
-    wanted = train(model.double(), ids)
+    wanted = train(model.double(), ids, documents)
     assert len(calls) == 2
     for part, expected in wanted.items():
         assert relative_error(got[part], expected) < 10 * GRADIENT[torch.float32], part
+
+
+def test_a_model_of_two_dtypes_is_refused_as_ever(calls):
+    model, ids = make_model(), torch.randint(1, 100, (2, 30), device=DEVICE)
+    model.model.layers[0].attention.q_proj.half()
+    with pytest.raises(RuntimeError, match="dtype"):
+        train(model, ids)
+    assert not calls
 
 
 @pytest.mark.filterwarnings("ignore:::torch", "ignore:.*should not be instantiated:DeprecationWarning")  # of torch
@@ -380,7 +480,7 @@ def test_other_models_do_not(changes, calls):
     assert not calls
 
 
-@pytest.mark.parametrize("changes", [{}, {"position_embedding": "learned"}], ids=str)
+@pytest.mark.parametrize("changes", MODELS[:2], ids=str)
 @pytest.mark.parametrize("tokens", [24, 30, 5])
 def test_prompts_of_a_cache_do_where_no_gradient_is_recorded(tokens, changes, calls):
     """A prompt in two parts, and a third token by token; rows are padded on the left."""
@@ -396,6 +496,9 @@ def test_prompts_of_a_cache_do_where_no_gradient_is_recorded(tokens, changes, ca
             past = model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=past, use_cache=True)
             found.append(past.logits)
             past = past.past_key_values
+            for layer in past.layers:  # memory of its own, not part of what the projections gave
+                for part in layer.memory:
+                    assert part.untyped_storage().nbytes() == part.nbytes
     assert len(calls) == 2
     real = mask.bool()
     assert relative_error(torch.cat(found, 1)[real], wanted[real]) < 10 * VALUE[torch.float32]
