@@ -114,7 +114,8 @@ def project_and_attend(
     slot_angles: tuple[Tensor, Tensor] | None = None,
     block_BC: Tensor | None = None,
     first_block_BC: Tensor | None = None,
-) -> Tensor | None:
+    for_cache: bool = False,
+) -> tuple[Tensor, tuple[Tensor, ...] | None] | None:
     """:func:`mix_and_attend` from hidden states, with the projections that make queries, keys and values of them.
 
     In one node of the graph the three lie side by side: queries are turned where they are, the kernels turn the
@@ -127,66 +128,33 @@ def project_and_attend(
         heads, dim: H and D.
         angles: cos and sin of the tokens, [B or 1, 1, N, D], both halves of D the same; None: nothing is turned.
         weights, layout, slot_angles, block_BC, first_block_BC: as :func:`mix_and_attend` has them.
+        for_cache: return what a cache keeps of a prompt, too.
 
-    Returns: [B, H, N, D]; None, and nothing is done, where :func:`_fits_mixing` does not hold or D is no power of two.
+    Returns: output, [B, H, N, D]; and keys, keys turned and values, [B, G, N, D], slots of keys, turned, and of values,
+        [B, G, C * R, D], or None. None in place of both, and nothing is done, where :func:`_fits_mixing` does not hold,
+        where D is no power of two, where projections are of another dtype and autocast is off, and where a gradient is
+        recorded that would have to come through a cache.
     Raises:
         ValueError: fewer angles than tokens or slots.
     Cost: that of :func:`mix_and_attend` and O(B·N·E·(H + 2·G)·D).
     Invariants: those of :func:`mix_and_attend`.
     """
-    tensors = _as_operator_takes_them(hidden_BNE, projections, dim, angles, weights, layout, slot_angles)
-    if tensors is None:
+    inputs = (hidden_BNE, *projections, *weights)
+    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    one_dtype = _autocast_dtype(hidden_BNE) or all(weight.dtype == hidden_BNE.dtype for weight in projections)
+    if (for_cache and recorded) or padded_dim(dim) != dim or not one_dtype:
         return None
-    run = _ProjectAndAttend.apply if torch.is_grad_enabled() else _project_and_attend_output
-    return run(*tensors, block_BC, first_block_BC, heads, dim, list(layout))
-
-
-def project_and_attend_with_slots(
-    hidden_BNE: Tensor,
-    projections: tuple[Tensor, Tensor, Tensor],
-    heads: int,
-    dim: int,
-    angles: tuple[Tensor, Tensor] | None,
-    weights: tuple[Tensor, Tensor],
-    layout: BlockLayout,
-    slot_angles: tuple[Tensor, Tensor] | None = None,
-    block_BC: Tensor | None = None,
-    first_block_BC: Tensor | None = None,
-) -> tuple[Tensor, ...] | None:
-    """:func:`project_and_attend`, and what a cache keeps of a prompt.
-
-    Returns: output, [B, H, N, D]; keys, keys turned and values, [B, G, N, D]; slots of keys, turned, and of values,
-        [B, G, C * R, D]. None also where a gradient is recorded, which would not reach what is kept.
-    """
-    given = (hidden_BNE, *projections, *weights)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
-        return None
-    tensors = _as_operator_takes_them(hidden_BNE, projections, dim, angles, weights, layout, slot_angles)
-    if tensors is None:
-        return None
-    results = project_and_attend_op(*tensors, block_BC, first_block_BC, heads, dim, list(layout))
-    output, _, slot_key, slot_value, states, turned = results
-    _, key, value = split_heads(states, heads, dim)
-    return output, key, key if angles is None else turned, value, slot_key, slot_value
-
-
-def _as_operator_takes_them(hidden_BNE, given, dim, angles, weights, layout, slot_angles) -> tuple | None:
-    """Tensors of ``project_and_attend_op`` up to the angles of the slots; None where it does not take them.
-
-    Of weights of another dtype, without autocast, a product of matrices says so best.
-    """
-    automatic = torch.is_autocast_enabled(hidden_BNE.device.type)
-    if padded_dim(dim) != dim or not (automatic or all(weight.dtype == hidden_BNE.dtype for weight in given)):
-        return None
-    hidden, *projections = _one_dtype(hidden_BNE, *given)
+    hidden, *projections = _one_dtype(hidden_BNE, *projections)
     if not _fits_mixing((hidden,), layout, dim):
         return None
     pairs = [(None, None) if pair is None else pair for pair in (angles, slot_angles)]
-    return *_once_each(hidden, *projections), *pairs[0], *_once_each(*weights), *pairs[1]
-
-
-def _project_and_attend_output(*arguments: Any) -> Tensor:
-    return project_and_attend_op(*arguments)[0]
+    tensors = (*_once_each(hidden, *projections), *pairs[0], *_once_each(*weights), *pairs[1])
+    arguments = (*tensors, block_BC, first_block_BC, heads, dim, list(layout))
+    if recorded:
+        return _ProjectAndAttend.apply(*arguments), None
+    output, _, *slots, states, turned = project_and_attend_op(*arguments)
+    _, key, value = split_heads(states, heads, dim)
+    return output, (key, key if angles is None else turned, value, *slots) if for_cache else None
 
 
 def mix_and_attend_with_slots(
@@ -338,7 +306,7 @@ def normalise_and_rotate(
 def _fits(tensors: tuple[Tensor, ...], layout: BlockLayout, dim: int | None = None) -> bool:
     """Triton, an NVIDIA GPU with bfloat16 (Ampere, 2020, or later), 16 to 256 features in at most 32 bits.
 
-    Of queries first among ``tensors``, or of hidden states that become some of ``dim`` features.
+    The first of ``tensors`` are queries, or, with ``dim``, hidden states that become heads of so many features.
 
     Up to 128 features where a program has less than 160 KiB of shared memory (GeForce, RTX, L4). Gradients through a
     cache (``past_tokens``) have no kernel: training does not form any.
@@ -375,10 +343,15 @@ def _fits_mixing(tensors: tuple[Tensor, ...], layout: BlockLayout, dim: int | No
 
 def _one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Autocast's dtype where it is on, else that of the first tensor."""
-    device = tensors[0].device.type
-    automatic = device == "cuda" and torch.is_autocast_enabled(device) and tensors[0].dtype != torch.float64
-    dtype = torch.get_autocast_dtype(device) if automatic else tensors[0].dtype
+    dtype = _autocast_dtype(tensors[0]) or tensors[0].dtype
     return tuple([tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors])
+
+
+def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """What autocast makes of a tensor where there are kernels; None where it is off."""
+    if not tensor.is_cuda or tensor.dtype == torch.float64 or not torch.is_autocast_enabled("cuda"):
+        return None
+    return torch.get_autocast_dtype("cuda")
 
 
 def _once_each(*tensors: Tensor | None) -> tuple[Any, ...]:
@@ -441,7 +414,7 @@ class _MixAndAttend(torch.autograd.Function):
 class _ProjectAndAttend(torch.autograd.Function):
     """Keeps the inputs, queries, keys, keys turned and values, the slots, the output and one number a query.
 
-    The gradients of the three projections are views of one tensor.
+    Hidden states are kept for the gradients of the projections alone, which are views of one tensor.
     """
 
     @staticmethod

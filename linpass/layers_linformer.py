@@ -40,7 +40,6 @@ from .kernels_linformer import (
     mix_sequence_and_attend,
     normalise_and_rotate,
     project_and_attend,
-    project_and_attend_with_slots,
 )
 
 
@@ -252,7 +251,10 @@ class LinformerAttention(nn.Module):
         return self.o_proj(grid.restore(output.transpose(1, 2).flatten(2))), probabilities
 
     def _project_and_attend(self, hidden_states, weights, grid, angles, slot_angles, cache):
-        """Causal attention with its projections, to a cache the prompt; None where something stands between."""
+        """Causal attention with its projections, which writes a prompt to the cache, if any.
+
+        None, and nothing is done, where it is to go the other way, step by step.
+        """
         if not (self.is_causal and self.k) or (cache is not None and cache.is_initialized):
             return None
         projections = (self.q_proj, self.k_proj, self.v_proj)
@@ -261,15 +263,25 @@ class LinformerAttention(nn.Module):
             return None
         matrices = tuple([projection.weight for projection in projections])
         blocks = grid.block_numbers(self.layout.block_size)
-        arguments = (hidden_states, matrices, self.heads, self.head_dim, angles, weights, self.layout, slot_angles)
-        arguments += (blocks, grid.first_block_BC)
-        if cache is None:
-            return project_and_attend(*arguments)
-        found = project_and_attend_with_slots(*arguments)
+        found = project_and_attend(
+            hidden_states,
+            matrices,
+            self.heads,
+            self.head_dim,
+            angles,
+            weights,
+            self.layout,
+            slot_angles,
+            blocks,
+            grid.first_block_BC,
+            for_cache=cache is not None,
+        )
         if found is None:
             return None
-        output, key, turned, value, slot_key, slot_value = found
-        self._write_prompt(cache, grid, key, turned, value, weights, slot_key, slot_value)
+        output, kept = found
+        if kept is not None:
+            key, turned, value, *slots = kept
+            self._write_prompt(cache, grid, key, turned, value, weights, *slots)
         return output
 
     def _normalise_and_rotate(self, query, key, angles):

@@ -336,15 +336,15 @@ def _project_and_attend(
     """``states`` are the queries as they are turned, keys and values as they are; ``turned`` the keys turned."""
     projections = (of_query, of_key, of_value)
     states = hidden.new_empty(*hidden.shape[:2], sum(map(len, projections)))
-    columns = states.flatten(0, 1).split([len(weight) for weight in projections], 1)
+    rows, columns = hidden.flatten(0, 1), states.flatten(0, 1).split([len(weight) for weight in projections], 1)
     for weight, out in zip(projections, columns, strict=True):
-        torch.mm(hidden.flatten(0, 1), weight.t(), out=out)
+        torch.mm(rows, weight.t(), out=out)
     query, key, value = split_heads(states, heads, dim)
     near, turned = key, hidden.new_empty(0)
     if angle_cos is not None:
-        rows = min(angle_cos.shape[-2], angle_sin.shape[-2])
-        if rows < query.shape[2]:
-            raise ValueError(f"angles has {rows} rows; {query.shape[2]} tokens need one each")
+        turns, tokens = min(angle_cos.shape[-2], angle_sin.shape[-2]), query.shape[2]
+        if turns < tokens:
+            raise ValueError(f"angles has {turns} rows; {tokens} tokens need one each")
         near = turned = _like_tokens(key)
         grid, sizes = _rows_and_heads(query, heads, key.shape[1])
         angles = (_angle_rows(angle_cos, len(hidden)), _angle_rows(angle_sin, len(hidden)))

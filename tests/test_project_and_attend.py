@@ -124,9 +124,9 @@ def apart(case, leaves):
     return states | {part: leaves[part] for part in MIXING if part in leaves}
 
 
-def together(kernels, case, leaves, grid, run=None):
+def together(kernels, case, leaves, grid, **more):
     a = arguments(case, apart(case, leaves), grid)
-    return (run or kernels.project_and_attend)(
+    return kernels.project_and_attend(
         hidden_states(case, leaves),
         tuple(leaves[part] for part in PROJECTIONS),
         case.heads,
@@ -137,7 +137,14 @@ def together(kernels, case, leaves, grid, run=None):
         a.angles,
         a.blocks,
         a.first_block,
+        **more,
     )
+
+
+def output_of(kernels, case, leaves, grid):
+    output, kept = together(kernels, case, leaves, grid)
+    assert kept is None
+    return output
 
 
 def gradients(output, leaves, gradient):
@@ -165,7 +172,7 @@ def assert_near(dtype, got, expected):
 def test_value_and_every_gradient_are_within_the_table(case, kernels, recorded_launches):
     launches = recorded_launches(lambda kernel, _tensors: kernel.__name__)
     leaves, grid, gradient = make_leaves(case), make_grid(case), output_gradient(case)
-    got = gradients(together(kernels, case, leaves, grid), leaves, gradient)
+    got = gradients(output_of(kernels, case, leaves, grid), leaves, gradient)
     assert {part: each.dtype for part, each in got.items() if part in leaves}.items() <= {
         (part, leaf.dtype) for part, leaf in leaves.items()
     }
@@ -183,7 +190,7 @@ def test_under_autocast(dtype, kernels):
     case = Case(**asdict(REAL) | {"dtype": torch.float32})
     leaves, grid, gradient = make_leaves(case), make_grid(case), output_gradient(case)
     with torch.autocast(DEVICE.type, dtype):
-        output = together(kernels, case, leaves, grid)
+        output = output_of(kernels, case, leaves, grid)
     got = gradients(output, leaves, gradient)
     assert {got[part].dtype for part in leaves} == {torch.float32}
     assert_near(dtype, got, in_float64(case, leaves, grid, gradient))
@@ -193,10 +200,10 @@ def test_under_autocast(dtype, kernels):
 def test_fixed_leaves_and_further_runs_change_no_bit(case, kernels, poisoned_memory):
     """Nor does NaN in memory to begin with."""
     leaves, grid, gradient = make_leaves(case), make_grid(case), output_gradient(case)
-    first, *others = (gradients(together(kernels, case, leaves, grid), leaves, gradient) for _ in range(RUNS))
+    first, *others = (gradients(output_of(kernels, case, leaves, grid), leaves, gradient) for _ in range(RUNS))
     for fixed in (("hidden",), PROJECTIONS, MIXING):
         some = {part: leaf.detach() if part in fixed else leaf for part, leaf in leaves.items()}
-        others.append(gradients(together(kernels, case, some, grid), some, gradient))
+        others.append(gradients(output_of(kernels, case, some, grid), some, gradient))
         assert not others[-1].keys() & set(fixed)
     for again in others:
         for part, found in again.items():
@@ -216,7 +223,7 @@ def test_what_nobody_wants_is_not_computed_nor_kept(fixed, kernels, monkeypatch)
         return results
 
     monkeypatch.setattr(kernels, "project_and_attend_backward_op", record)
-    gradients(together(kernels, case, some, grid), some, output_gradient(case))
+    gradients(output_of(kernels, case, some, grid), some, output_gradient(case))
     assert empty == [[fixed == ("hidden",), fixed == PROJECTIONS, fixed == MIXING, fixed == PROJECTIONS]]
 
 
@@ -232,7 +239,7 @@ def test_gradients_may_lie_in_memory_as_they_like(how, kernels):
     }[how]
     assert not lies.is_contiguous()
     wanted, got = (
-        gradients(together(kernels, case, leaves, grid), leaves, flow) for flow in (gradient.contiguous(), lies)
+        gradients(output_of(kernels, case, leaves, grid), leaves, flow) for flow in (gradient.contiguous(), lies)
     )
     for part, expected in wanted.items():
         assert torch.equal(got[part], expected), part
@@ -243,7 +250,7 @@ def test_gradients_may_lie_in_memory_as_they_like(how, kernels):
 def test_a_backward_pass_inside_autocast_keeps_its_dtype(dtype, kernels):
     case = Case(**asdict(REAL) | {"dtype": torch.float32})
     leaves, grid, gradient = make_leaves(case), make_grid(case), output_gradient(case)
-    outside, inside = (together(kernels, case, leaves, grid) for _ in range(2))
+    outside, inside = (output_of(kernels, case, leaves, grid) for _ in range(2))
     wanted = gradients(outside, leaves, gradient)
     with torch.autocast(DEVICE.type, dtype):
         got = gradients(inside, leaves, gradient)
@@ -256,21 +263,23 @@ def test_one_call_each_way(kernels):
     leaves, grid = make_leaves(case), make_grid(case)
     call = {part: leaf.detach().requires_grad_() for part, leaf in leaves.items()}
     with Dispatches() as calls:
-        output = together(kernels, case, call, grid)
+        output = output_of(kernels, case, call, grid)
         output.backward(torch.ones_like(output))
     ours = [call for call in calls.names if call.startswith("linpass")]
     assert ours == [f"{kernels.project_and_attend_op}", f"{kernels.project_and_attend_backward_op}"]
 
 
 @pytest.mark.filterwarnings("ignore:::torch", "ignore:.*should not be instantiated:DeprecationWarning")  # of torch
-@pytest.mark.parametrize("case", [Case(), Case(mixing="pooling"), pytest.param(REAL, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    "case", [Case(), Case(mixing="pooling"), Case(fixed="qkv"), pytest.param(REAL, marks=pytest.mark.gpu)]
+)
 def test_a_compiled_graph_gives_the_same_bits(case, kernels, monkeypatch):
     torch.compiler.reset()
     leaves, grid, gradient = make_leaves(case), make_grid(case), output_gradient(case)
-    wanted = gradients(together(kernels, case, leaves, grid), leaves, gradient)
+    wanted = gradients(output_of(kernels, case, leaves, grid), leaves, gradient)
     compiled = torch.compile(kernels.project_and_attend, fullgraph=True, backend="aot_eager")
     monkeypatch.setattr(kernels, "project_and_attend", compiled)
-    got = gradients(together(kernels, case, leaves, grid), leaves, gradient)
+    got = gradients(output_of(kernels, case, leaves, grid), leaves, gradient)
     for part, expected in wanted.items():
         assert torch.equal(got[part], expected), part
 
@@ -294,7 +303,8 @@ def test_the_operators_keep_their_promises(case, kernels, calls):
     library.opcheck(operator, given, **tests)
     results = operator(*given)
     for needs in ([True] * 3, [False, True, False], [True, False, False]):
-        backward = (output_gradient(case), *given, *results, needs)
+        kept = given[0] if needs[1] else None
+        backward = (output_gradient(case), kept, *given[1:], *results, needs)
         library.opcheck(kernels.project_and_attend_backward_op, backward, **tests)
 
 
@@ -307,7 +317,7 @@ def test_what_no_kernel_takes_is_left_to_others(case, kernels, recorded_launches
     leaves, grid = make_leaves(case), make_grid(case)
     assert together(kernels, case, leaves, grid) is None
     with torch.no_grad():
-        assert together(kernels, case, leaves, grid, kernels.project_and_attend_with_slots) is None
+        assert together(kernels, case, leaves, grid, for_cache=True) is None
     assert not launches
 
 
@@ -315,11 +325,11 @@ def test_what_no_kernel_takes_is_left_to_others(case, kernels, recorded_launches
 def test_a_prompt_gets_what_a_cache_keeps(case, kernels):
     """The same bits as with gradients; keys, turned and not, values and slots are those of the steps apart."""
     leaves, grid = make_leaves(case), make_grid(case)
-    wanted = together(kernels, case, leaves, grid)
-    assert together(kernels, case, leaves, grid, kernels.project_and_attend_with_slots) is None
+    wanted = output_of(kernels, case, leaves, grid)
+    assert together(kernels, case, leaves, grid, for_cache=True) is None  # a gradient is recorded
     with torch.no_grad():
-        output, *kept = together(kernels, case, leaves, grid, kernels.project_and_attend_with_slots)
-        assert torch.equal(together(kernels, case, leaves, grid), wanted)
+        output, kept = together(kernels, case, leaves, grid, for_cache=True)
+        assert torch.equal(output_of(kernels, case, leaves, grid), wanted)
     assert torch.equal(output, wanted)
     truths = {part: leaf.detach().double() for part, leaf in leaves.items()}
     a = arguments(case, apart(case, truths), grid)
@@ -329,17 +339,36 @@ def test_a_prompt_gets_what_a_cache_keeps(case, kernels):
         assert relative_error(found, expected) < VALUE[case.dtype]
 
 
-@pytest.mark.parametrize("which", ["angles", "slot_angles"])
+@pytest.mark.parametrize("tokens", [1, 12, 24, 30, 40])
+@pytest.mark.parametrize("how", ["no_grad", "inference_mode", "frozen"])
+def test_a_cache_has_memory_of_its_own(how, tokens, calls):
+    """Not part of what the projections gave; of prompts as long as the window, two windows, and than seq_length."""
+    model, ids = make_model(projection="convolution"), torch.randint(1, 100, (2, tokens), device=DEVICE)
+    model.requires_grad_(how != "frozen")
+    context = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}.get(how, torch.enable_grad)
+    with context():
+        found = model(ids, use_cache=True)
+        assert len(calls) == 2
+        wanted = model.double()(ids, use_cache=False).logits
+    assert relative_error(found.logits, wanted) < 10 * VALUE[torch.float32]
+    for layer in found.past_key_values.layers:
+        for part in layer.memory:
+            assert part.untyped_storage().nbytes() == part.nbytes
+
+
+@pytest.mark.parametrize("which", ["angles", "slot_angles", "sine of angles"])
 def test_too_few_angles_are_refused(which, kernels, monkeypatch):
     case, given = Case(), kernels.project_and_attend
-    place = {"angles": 4, "slot_angles": 7}[which]
+    place = {"slot_angles": 7}.get(which, 4)
 
     def with_fewer(*call):
-        fewer = tuple(part[..., 1:, :] for part in call[place])
+        cos, sin = call[place]
+        fewer = (cos if which.startswith("sine") else cos[..., 1:, :], sin[..., 1:, :])
         return given(*call[:place], fewer, *call[place + 1 :])
 
     monkeypatch.setattr(kernels, "project_and_attend", with_fewer)
-    with pytest.raises(ValueError, match=f"{which} has [0-9]+ rows; [0-9]+ (tokens|slots) need one each"):
+    name = which.removeprefix("sine of ")
+    with pytest.raises(ValueError, match=f"{name} has [0-9]+ rows; [0-9]+ (tokens|slots) need one each"):
         together(kernels, case, make_leaves(case), make_grid(case))
 
 
@@ -496,9 +525,6 @@ def test_prompts_of_a_cache_do_where_no_gradient_is_recorded(tokens, changes, ca
             past = model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=past, use_cache=True)
             found.append(past.logits)
             past = past.past_key_values
-            for layer in past.layers:  # memory of its own, not part of what the projections gave
-                for part in layer.memory:
-                    assert part.untyped_storage().nbytes() == part.nbytes
     assert len(calls) == 2
     real = mask.bool()
     assert relative_error(torch.cat(found, 1)[real], wanted[real]) < 10 * VALUE[torch.float32]
