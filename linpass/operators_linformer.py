@@ -346,15 +346,7 @@ def _project_and_attend(
         if turns < tokens:
             raise ValueError(f"angles has {turns} rows; {tokens} tokens need one each")
         near = turned = _like_tokens(key)
-        grid, sizes = _rows_and_heads(query, heads, key.shape[1])
-        angles = (_angle_rows(angle_cos, len(hidden)), _angle_rows(angle_sin, len(hidden)))
-        launch(
-            kernels.normalise_and_rotate_kernel, grid, Tile(0, 0, 4, 1), (query, key, *angles, query, near, near),
-            (
-                *map(_strides, (query, key, query, near)), _strides(angles[0])[0], query.shape[2], heads,
-                0.0, False, True, True, True, *sizes,
-            ),
-        )  # fmt: skip
+        _launch_norm_and_rotation(query, key, angle_cos, angle_sin, (query, near, turned), None, True)
     slots = _mix(key, value, key_weight, value_weight, cos, sin, number, layout)
     return *_forward(query, near, value, *slots, first_block, layout), *slots, states, turned
 
@@ -597,7 +589,14 @@ def _rotary_angles_shapes(position, dim, base, dtype):
 
 def _normalise_and_rotate(query, key, cos, sin, eps, rotates_key):
     query, key = _unit_rows(query, key)
-    results = query_out, key_out, rotated = _normalise_and_rotate_shapes(query, key, cos, sin, eps, rotates_key)
+    results = _normalise_and_rotate_shapes(query, key, cos, sin, eps, rotates_key)
+    _launch_norm_and_rotation(query, key, cos, sin, results, eps, rotates_key)
+    return results
+
+
+def _launch_norm_and_rotation(query, key, cos, sin, results, eps, rotates_key):
+    """``results`` are as :func:`_normalise_and_rotate_shapes` has them; the first may be ``query`` itself."""
+    query_out, key_out, rotated = results
     has_norm, batch = eps is not None, query.shape[0]
     groups = key.shape[1] if has_norm or rotates_key else 0
     grid, sizes = _rows_and_heads(query, query.shape[1], groups)
@@ -608,10 +607,9 @@ def _normalise_and_rotate(query, key, cos, sin, eps, rotates_key):
         (query, key, cos, sin, query_out, key_out, rotated),
         (
             *map(_strides, (query, key, query_out, key_like)), _strides(cos)[0], query.shape[2], query.shape[1],
-            eps or 0.0, has_norm, cos is not None, rotates_key, False, *sizes,
+            eps or 0.0, has_norm, cos is not None, rotates_key, query_out is query, *sizes,
         ),
     )  # fmt: skip
-    return results
 
 
 def _rows_and_heads(states: Tensor, heads: int, groups: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
