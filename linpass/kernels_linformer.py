@@ -41,8 +41,11 @@ from .operators_linformer import (
     mix_sequence_and_attend_op,
     normalise_and_rotate_backward_op,
     normalise_and_rotate_op,
+    project_and_attend_backward_op,
+    project_and_attend_op,
     rotary_angles_op,
     slots_tile,
+    split_heads,
 )
 from .triton_linformer import triton
 
@@ -98,6 +101,60 @@ def mix_and_attend(
     mixed = None if rotated_key_BGND is None else key
     tensors = _once_each(query, near, value, mixed, *weights)
     return _MixAndAttend.apply(*tensors, *(slot_angles or (None, None)), block_BC, first_block_BC, list(layout))
+
+
+def project_and_attend(
+    hidden_BNE: Tensor,
+    projections: tuple[Tensor, Tensor, Tensor],
+    heads: int,
+    dim: int,
+    angles: tuple[Tensor, Tensor] | None,
+    weights: tuple[Tensor, Tensor],
+    layout: BlockLayout,
+    slot_angles: tuple[Tensor, Tensor] | None = None,
+    block_BC: Tensor | None = None,
+    first_block_BC: Tensor | None = None,
+    for_cache: bool = False,
+) -> tuple[Tensor, tuple[Tensor, ...] | None] | None:
+    """:func:`mix_and_attend` from hidden states, with the projections that make queries, keys and values of them.
+
+    In one node of the graph the three lie side by side: queries are turned where they are, the kernels turn the
+    gradients of queries and keys back, and write all three where one product for hidden states and one for the weights
+    read them.
+
+    Args:
+        hidden_BNE: what the projections take, tokens in index order.
+        projections: weights of queries, [H * D, E], of keys and of values, [G * D, E]; no bias, no norm of heads.
+        heads, dim: H and D.
+        angles: cos and sin of the tokens, [B or 1, 1, N, D], both halves of D the same; None: nothing is turned.
+        weights, layout, slot_angles, block_BC, first_block_BC: as :func:`mix_and_attend` has them.
+        for_cache: return what a cache keeps of a prompt, too.
+
+    Returns: output, [B, H, N, D]; and keys, keys turned and values, [B, G, N, D], slots of keys, turned, and of values,
+        [B, G, C * R, D], or None. None in place of both, and nothing is done, where :func:`_fits_mixing` does not hold,
+        where D is no power of two, where projections are of another dtype and autocast is off, and where a gradient is
+        recorded that would have to come through a cache.
+    Raises:
+        ValueError: fewer angles than tokens or slots.
+    Cost: that of :func:`mix_and_attend` and O(B·N·E·(H + 2·G)·D).
+    Invariants: those of :func:`mix_and_attend`.
+    """
+    inputs = (hidden_BNE, *projections, *weights)
+    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    one_dtype = _autocast_dtype(hidden_BNE) or all(weight.dtype == hidden_BNE.dtype for weight in projections)
+    if (for_cache and recorded) or padded_dim(dim) != dim or not one_dtype:
+        return None
+    hidden, *projections = _one_dtype(hidden_BNE, *projections)
+    if not _fits_mixing((hidden,), layout, dim):
+        return None
+    pairs = [(None, None) if pair is None else pair for pair in (angles, slot_angles)]
+    tensors = (*_once_each(hidden, *projections), *pairs[0], *_once_each(*weights), *pairs[1])
+    arguments = (*tensors, block_BC, first_block_BC, heads, dim, list(layout))
+    if recorded:
+        return _ProjectAndAttend.apply(*arguments), None
+    output, _, *slots, states, turned = project_and_attend_op(*arguments)
+    _, key, value = split_heads(states, heads, dim)
+    return output, (key, key if angles is None else turned, value, *slots) if for_cache else None
 
 
 def mix_and_attend_with_slots(
@@ -246,15 +303,18 @@ def normalise_and_rotate(
     return query, key, rotated if rotates_key else key
 
 
-def _fits(tensors: tuple[Tensor, ...], layout: BlockLayout) -> bool:
+def _fits(tensors: tuple[Tensor, ...], layout: BlockLayout, dim: int | None = None) -> bool:
     """Triton, an NVIDIA GPU with bfloat16 (Ampere, 2020, or later), 16 to 256 features in at most 32 bits.
+
+    The first of ``tensors`` are queries, or, with ``dim``, hidden states that become heads of so many features.
 
     Up to 128 features where a program has less than 160 KiB of shared memory (GeForce, RTX, L4). Gradients through a
     cache (``past_tokens``) have no kernel: training does not form any.
     """
     query = tensors[0]
+    dim = query.shape[-1] if dim is None else dim
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
-    if triton is None or query.dtype not in dtypes or not 16 <= query.shape[-1] <= 256:
+    if triton is None or query.dtype not in dtypes or not 16 <= dim <= 256:
         return False
     if query.numel() == 0 or query.shape[0] > LARGEST_GRID:
         return False
@@ -263,18 +323,18 @@ def _fits(tensors: tuple[Tensor, ...], layout: BlockLayout) -> bool:
         return False
     if query.device.type == "cpu":
         return INTERPRETED
-    return is_known(query) and (query.shape[-1] <= 128 or shared_memory(query.device) >= ROOMY)
+    return is_known(query) and (dim <= 128 or shared_memory(query.device) >= ROOMY)
 
 
-def _fits_mixing(tensors: tuple[Tensor, ...], layout: BlockLayout) -> bool:
+def _fits_mixing(tensors: tuple[Tensor, ...], layout: BlockLayout, dim: int | None = None) -> bool:
     """:func:`_fits`, and all slots that a tile of tokens enters are mixed in one product.
 
     That is some slots, up to 128, in some shared memory.
     """
-    if not _fits(tensors, layout):
+    if not _fits(tensors, layout, dim):
         return False
     query = tensors[0]
-    padded, r = padded_dim(query.shape[-1]), layout.slots_per_block
+    padded, r = padded_dim(query.shape[-1] if dim is None else dim), layout.slots_per_block
     tile = tile_of("token", padded, query.element_size())
     slots = slots_tile(tile.keys, layout.block_size, r) if r else 0
     room = 2**15 if query.device.type == "cpu" or shared_memory(query.device) >= ROOMY else 2**14
@@ -283,10 +343,15 @@ def _fits_mixing(tensors: tuple[Tensor, ...], layout: BlockLayout) -> bool:
 
 def _one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Autocast's dtype where it is on, else that of the first tensor."""
-    device = tensors[0].device.type
-    automatic = device == "cuda" and torch.is_autocast_enabled(device) and tensors[0].dtype != torch.float64
-    dtype = torch.get_autocast_dtype(device) if automatic else tensors[0].dtype
+    dtype = _autocast_dtype(tensors[0]) or tensors[0].dtype
     return tuple([tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors])
+
+
+def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """What autocast makes of a tensor where there are kernels; None where it is off."""
+    if not tensor.is_cuda or tensor.dtype == torch.float64 or not torch.is_autocast_enabled("cuda"):
+        return None
+    return torch.get_autocast_dtype("cuda")
 
 
 def _once_each(*tensors: Tensor | None) -> tuple[Any, ...]:
@@ -344,6 +409,38 @@ class _MixAndAttend(torch.autograd.Function):
         grad_mixed_key = None if mixed_key is None else grad_mixed_key
         grad_weights = _sum_parts(parts, key_weight, number).unbind() if needs_weight else (None, None)
         return *states, grad_mixed_key, *grad_weights, None, None, None, None, None
+
+
+class _ProjectAndAttend(torch.autograd.Function):
+    """Keeps the inputs, queries, keys, keys turned and values, the slots, the output and one number a query.
+
+    Hidden states are kept for the gradients of the projections alone, which are views of one tensor.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *arguments):
+        hidden, *tensors, heads, dim, layout = arguments
+        results = project_and_attend_op(*arguments)
+        kept = hidden if any(ctx.needs_input_grad[1:4]) else None
+        ctx.save_for_backward(kept, *tensors, *results)
+        ctx.sizes = heads, dim, layout
+        return results[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad):
+        saved = ctx.saved_tensors  # once: checkpointing computes them anew when they are asked for
+        tensors, results = saved[:-6], saved[-6:]
+        _, *projections, _, _, key_weight, _, _, _, number, _ = tensors
+        hidden, *of_projections, _, _, of_key, of_value = ctx.needs_input_grad[:8]
+        needs = [hidden, any(of_projections), of_key or of_value]
+        grad_hidden, grad_projections, parts = project_and_attend_backward_op(
+            grad, *tensors, *ctx.sizes, *results, needs
+        )
+        grads = [grad_hidden if hidden else None]
+        grads += grad_projections.split([len(weight) for weight in projections]) if needs[1] else [None] * 3
+        of_weights = _sum_parts(parts, key_weight, number).unbind() if needs[2] else (None, None)
+        return *grads, None, None, *of_weights, *(None,) * 7
 
 
 def _sum_parts(part_2BGCPR: Tensor, weight_XCPR: Tensor, number_BC: Tensor | None) -> Tensor:

@@ -48,7 +48,8 @@ TILES = {
 def tile_of(kernel: str, padded: int, itemsize: int) -> Tile:
     """Of a kernel (the first word of ``TILES``), for padded features of so many bytes each."""
     if itemsize == 4:  # products on the ordinary units, operands twice as large
-        return Tile(32, 32, 4, 1) if padded <= 128 else Tile(16, 32, 4, 1)
+        # 255: left to itself ptxas takes 32 for the gradient of the queries, and keeps the rest in memory.
+        return Tile(32, 32, 4, 1, 255) if padded <= 128 else Tile(16, 32, 4, 1, 255)
     return TILES[kernel, max(64, padded)]
 
 

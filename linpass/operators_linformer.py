@@ -71,6 +71,18 @@ def _fold_parts(tiles: int, tokens: int) -> int:
     return max(1, min(-(-ENOUGH_PROGRAMS // max(tiles, 1)), tokens // 1024))
 
 
+def _in_the_given_dtypes(run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run`` without autocast: a backward pass may be inside one that its forward pass was not in."""
+
+    def exactly(grad: Tensor, *rest: Any) -> Any:
+        if not torch.is_autocast_enabled(grad.device.type):  # asked first: entering a context costs more than that
+            return run(grad, *rest)
+        with plain.exact(grad.device):
+            return run(grad, *rest)
+
+    return exactly
+
+
 def _forward(query, key, value, slot_key, slot_value, first_block, layout, count=None):
     """Output and log2 of the softmax's denominators; without keys for queries that see all slots, or ``count``."""
     layout, causal = BlockLayout(*layout), key is not None
@@ -102,9 +114,10 @@ def _forward_shapes(query, *rest):
 
 
 def _query_and_slot_gradients(
-    grad, query, key, value, slot_key, slot_value, first_block, output, logsumexp, layout, count=None
-):
-    """Gradient of the queries, delta, gradients of the slots, end_block.
+    grad, query, key, value, slot_key, slot_value, first_block, output, logsumexp, layout, count=None,
+    cos=None, sin=None, grad_query=None,
+):  # fmt: skip
+    """Gradient of the queries, turned back by ``cos`` and ``sin``, delta, gradients of the slots, end_block.
 
     Those of slots are [2, B, G, S, D], without keys [2, B, S, G * D], as the mixing of whole rows wants them.
     """
@@ -114,15 +127,20 @@ def _query_and_slot_gradients(
     groups, slots = slot_key.shape[1:3]
     padded, precision = padded_dim(dim), precision_of(query.dtype)
     first_block = _every_row(first_block, batch)
-    grad_query, delta = _like_tokens(query), torch.empty_like(logsumexp)
+    grad_query = _like_tokens(query) if grad_query is None else grad_query
+    delta = torch.empty_like(logsumexp)
     tile = tile_of("query", padded, query.element_size())
     launch(
         kernels.query_gradient_kernel, (-(-tokens // tile.queries), heads, batch), tile,
-        (query, key, value, slot_key, slot_value, output, logsumexp, first_block, count, grad, grad_query, delta),
         (
-            *map(_strides, (query, key, value, slot_key, slot_value, output, grad)), _strides(first_block)[0],
+            query, key, value, slot_key, slot_value, output, logsumexp, first_block, count, cos, sin,
+            grad, grad_query, delta,
+        ),
+        (
+            *map(_strides, (query, key, value, slot_key, slot_value, output, grad, grad_query)),
+            _strides(first_block)[0], _strides(cos)[0],
             tokens, slots, layout.window_size, layout.visible_blocks, dim**-0.5,
-            causal, count is not None, causal or count is not None or slots % tile.keys != 0,
+            causal, count is not None, causal or count is not None or slots % tile.keys != 0, cos is not None,
             heads // groups, layout.block_size, max(layout.slots_per_block, 1), first_block is not None,
             dim, padded, precision, tile.queries, tile.keys,
         ),
@@ -154,16 +172,21 @@ def _query_and_slot_gradients(
 def _token_gradients(
     grad, query, key, value, logsumexp, delta, end_block, layout, grad_slots=None, mixed_key=None,
     key_weight=None, value_weight=None, cos=None, sin=None, number=None, needs_weight=False,
+    token_cos=None, token_sin=None, grad_key=None, grad_value=None,
 ):  # fmt: skip
-    """Gradients of keys, values, mixed keys, and of the weights before they are summed: [2, B, G, C, P, R]."""
+    """Gradients of keys, values, mixed keys, and of the weights before they are summed: [2, B, G, C, P, R].
+
+    With ``token_cos`` and ``token_sin`` keys are the mixed ones turned by them, and both have one gradient.
+    """
     batch, heads, tokens, dim = query.shape
     groups, b, r = key.shape[1], layout.block_size, max(layout.slots_per_block, 1)
     slots = 0 if grad_slots is None else grad_slots.shape[3]
     mixed = slots > 0
-    apart = mixed_key is not None
-    grad_key, grad_value = _like_tokens(key), _like_tokens(value)
-    grad_mixed_key = None
-    if apart:
+    apart, turned_back = mixed_key is not None, token_cos is not None
+    if grad_key is None:
+        grad_key, grad_value = _like_tokens(key), _like_tokens(value)
+    grad_mixed_key = grad_key if turned_back else None
+    if apart and not turned_back:
         grad_mixed_key = _like_tokens(key) if mixed else torch.zeros_like(grad_key)
     grad_weights = _empty_parts(key, slots, layout) if needs_weight else None
     stored = 1 if key_weight is None else key_weight.shape[1]
@@ -172,13 +195,14 @@ def _token_gradients(
         kernels.token_gradient_kernel, (-(-tokens // tile.keys), groups, batch), tile,
         (
             query, key, value, mixed_key, logsumexp, delta, end_block, grad, grad_slots,
-            key_weight, value_weight, number, cos, sin, grad_key, grad_value, grad_mixed_key, grad_weights,
+            key_weight, value_weight, number, cos, sin, token_cos, token_sin,
+            grad_key, grad_value, grad_mixed_key, grad_weights,
         ),
         (
             *map(_strides, (query, key, value, mixed_key, grad, grad_key)), (0, *_strides(grad_slots)),
-            _strides(key_weight), _strides(value_weight), _strides(number)[0], _strides(cos),
+            _strides(key_weight), _strides(value_weight), _strides(number)[0], _strides(cos), _strides(token_cos)[0],
             _strides(grad_weights), _strides(end_block)[0], stored, tokens, slots, layout.window_size, dim**-0.5,
-            heads // groups, b, r, mixed, apart and mixed, cos is not None, needs_weight,
+            heads // groups, b, r, mixed, apart and mixed, cos is not None, turned_back, needs_weight,
             stored > 1, number is not None, key_weight is not None and key_weight.shape[0] > 1, end_block is not None,
             dim, padded_dim(dim), precision_of(query.dtype), tile.queries, tile.keys, slots_tile(tile.keys, b, r),
         ),
@@ -299,6 +323,90 @@ def _mixed_backward_shapes(
     )
 
 
+def split_heads(states_BNX: Tensor, heads: int, dim: int) -> tuple[Tensor, ...]:
+    """Queries, keys and values, [B, H or G, N, D] each, of which a token's lie side by side in memory."""
+    groups = (states_BNX.shape[2] // dim - heads) // 2
+    return states_BNX.unflatten(2, (-1, dim)).transpose(1, 2).split((heads, groups, groups), 1)
+
+
+def _project_and_attend(
+    hidden, of_query, of_key, of_value, angle_cos, angle_sin,
+    key_weight, value_weight, cos, sin, number, first_block, heads, dim, layout,
+):  # fmt: skip
+    """``states`` are the queries as they are turned, keys and values as they are; ``turned`` the keys turned."""
+    projections = (of_query, of_key, of_value)
+    states = hidden.new_empty(*hidden.shape[:2], sum(map(len, projections)))
+    rows, columns = hidden.flatten(0, 1), states.flatten(0, 1).split([len(weight) for weight in projections], 1)
+    for weight, out in zip(projections, columns, strict=True):
+        torch.mm(rows, weight.t(), out=out)
+    query, key, value = split_heads(states, heads, dim)
+    near, turned = key, hidden.new_empty(0)
+    if angle_cos is not None:
+        turns, tokens = min(angle_cos.shape[-2], angle_sin.shape[-2]), query.shape[2]
+        if turns < tokens:
+            raise ValueError(f"angles has {turns} rows; {tokens} tokens need one each")
+        near = turned = _like_tokens(key)
+        _launch_norm_and_rotation(query, key, angle_cos, angle_sin, (query, near, turned), None, True)
+    slots = _mix(key, value, key_weight, value_weight, cos, sin, number, layout)
+    return *_forward(query, near, value, *slots, first_block, layout), *slots, states, turned
+
+
+def _project_and_attend_shapes(
+    hidden, of_query, of_key, of_value, angle_cos, angle_sin,
+    key_weight, value_weight, cos, sin, number, first_block, heads, dim, layout,
+):  # fmt: skip
+    states = hidden.new_empty(*hidden.shape[:2], sum(map(len, (of_query, of_key, of_value))))
+    query, key, value = split_heads(states, heads, dim)
+    slots = _mix_shapes(key, value, key_weight, value_weight, cos, sin, number, layout)
+    turned = hidden.new_empty(0) if angle_cos is None else _like_tokens(key)
+    return *_forward_shapes(query), *slots, states, turned
+
+
+@_in_the_given_dtypes
+def _project_and_attend_backward(
+    grad, hidden, of_query, of_key, of_value, angle_cos, angle_sin, key_weight, value_weight, cos, sin, number,
+    first_block, heads, dim, layout, output, logsumexp, slot_key, slot_value, states, turned, needs,
+):  # fmt: skip
+    """Gradients of hidden states, of the three projections and, before they are summed, of the weights of the mixing.
+
+    Those of the projections lie below each other. ``needs`` says which of the three are wanted; others are empty, and
+    hidden states are there if those of the projections are.
+    """
+    layout, batch = BlockLayout(*layout), len(states)
+    (grad,) = _unit_rows(grad)
+    query, key, value = split_heads(states, heads, dim)
+    near, mixed_key = (key, None) if angle_cos is None else (turned, key)
+    angles = (_angle_rows(angle_cos, batch), _angle_rows(angle_sin, batch))
+    grad_states = torch.empty_like(states)
+    grad_query, grad_key, grad_value = split_heads(grad_states, heads, dim)
+    _, delta, grad_slots, end_block = _query_and_slot_gradients(
+        grad, query, near, value, slot_key, slot_value, first_block, output, logsumexp, layout, None,
+        *angles, grad_query,
+    )  # fmt: skip
+    *_, grad_mixing = _token_gradients(
+        grad, query, near, value, logsumexp, delta, end_block, layout, grad_slots, mixed_key,
+        key_weight, value_weight, _angle_rows(cos, batch), _angle_rows(sin, batch), _every_row(number, batch),
+        needs[2], *angles, grad_key, grad_value,
+    )  # fmt: skip
+    grad_hidden = grad_states @ torch.cat((of_query, of_key, of_value)) if needs[0] else None
+    grad_projections = grad_states.flatten(0, 1).t() @ hidden.flatten(0, 1) if needs[1] else None
+    grads = (grad_hidden, grad_projections, grad_mixing)
+    return tuple([states.new_empty(0) if grad is None else grad for grad in grads])
+
+
+def _project_and_attend_backward_shapes(
+    grad, hidden, of_query, of_key, of_value, angle_cos, angle_sin, key_weight, value_weight, cos, sin, number,
+    first_block, heads, dim, layout, output, logsumexp, slot_key, slot_value, states, turned, needs,
+):  # fmt: skip
+    _, key, _ = split_heads(states, heads, dim)
+    width = of_query.shape[1]
+    return (
+        states.new_empty((*states.shape[:2], width) if needs[0] else 0),
+        states.new_empty((states.shape[2], width) if needs[1] else 0),
+        _empty_parts(key, slot_key.shape[2], BlockLayout(*layout)) if needs[2] else states.new_empty(0),
+    )
+
+
 def _slots_forward(query, slot_key, slot_value, count):
     count = _every_row(count, len(query))
     return _forward(query, None, None, slot_key, slot_value, None, NO_BLOCKS, count)
@@ -361,18 +469,6 @@ def _mix_sequence_and_attend(query, *mixed):
 
 def _mix_sequence_and_attend_shapes(query, *mixed):
     return *_forward_shapes(query), *_sequence_slots(*mixed)
-
-
-def _in_the_given_dtypes(run: Callable[..., Any]) -> Callable[..., Any]:
-    """``run`` without autocast: a backward pass may be inside one that its forward pass was not in."""
-
-    def exactly(grad: Tensor, *rest: Any) -> Any:
-        if not torch.is_autocast_enabled(grad.device.type):  # asked first: entering a context costs more than that
-            return run(grad, *rest)
-        with plain.exact(grad.device):
-            return run(grad, *rest)
-
-    return exactly
 
 
 @_in_the_given_dtypes
@@ -493,7 +589,14 @@ def _rotary_angles_shapes(position, dim, base, dtype):
 
 def _normalise_and_rotate(query, key, cos, sin, eps, rotates_key):
     query, key = _unit_rows(query, key)
-    results = query_out, key_out, rotated = _normalise_and_rotate_shapes(query, key, cos, sin, eps, rotates_key)
+    results = _normalise_and_rotate_shapes(query, key, cos, sin, eps, rotates_key)
+    _launch_norm_and_rotation(query, key, cos, sin, results, eps, rotates_key)
+    return results
+
+
+def _launch_norm_and_rotation(query, key, cos, sin, results, eps, rotates_key):
+    """``results`` are as :func:`_normalise_and_rotate_shapes` has them; the first may be ``query`` itself."""
+    query_out, key_out, rotated = results
     has_norm, batch = eps is not None, query.shape[0]
     groups = key.shape[1] if has_norm or rotates_key else 0
     grid, sizes = _rows_and_heads(query, query.shape[1], groups)
@@ -504,10 +607,9 @@ def _normalise_and_rotate(query, key, cos, sin, eps, rotates_key):
         (query, key, cos, sin, query_out, key_out, rotated),
         (
             *map(_strides, (query, key, query_out, key_like)), _strides(cos)[0], query.shape[2], query.shape[1],
-            eps or 0.0, has_norm, cos is not None, rotates_key, *sizes,
+            eps or 0.0, has_norm, cos is not None, rotates_key, query_out is query, *sizes,
         ),
     )  # fmt: skip
-    return results
 
 
 def _rows_and_heads(states: Tensor, heads: int, groups: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -576,11 +678,17 @@ def _operators(**operators: tuple[str, Any, Any]) -> list[Any]:
 _SEEN = "Tensor query, Tensor key, Tensor value, Tensor slot_key, Tensor slot_value, Tensor? first_block"
 _MIXED_SEQUENCE = "Tensor key, Tensor value, Tensor key_weight, Tensor value_weight, Tensor? cos, Tensor? sin"
 _WEIGHTS = "Tensor key_weight, Tensor value_weight, Tensor? cos, Tensor? sin, Tensor? number"
+_PROJECTED = (
+    "Tensor of_query, Tensor of_key, Tensor of_value, Tensor? angle_cos, Tensor? angle_sin,"
+    f" {_WEIGHTS}, Tensor? first_block, int heads, int dim, int[] layout"
+)
 (
     attend_op,
     attend_backward_op,
     mix_and_attend_op,
     mix_and_attend_backward_op,
+    project_and_attend_op,
+    project_and_attend_backward_op,
     attend_slots_op,
     attend_slots_backward_op,
     mix_sequence_and_attend_op,
@@ -608,6 +716,17 @@ _WEIGHTS = "Tensor key_weight, Tensor value_weight, Tensor? cos, Tensor? sin, Te
         " bool needs_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         _mixed_backward,
         _mixed_backward_shapes,
+    ),
+    project_and_attend=(
+        f"(Tensor hidden, {_PROJECTED}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _project_and_attend,
+        _project_and_attend_shapes,
+    ),
+    project_and_attend_backward=(
+        f"(Tensor grad, Tensor? hidden, {_PROJECTED}, Tensor output, Tensor logsumexp, Tensor slot_key,"
+        " Tensor slot_value, Tensor states, Tensor turned, bool[] needs) -> (Tensor, Tensor, Tensor)",
+        _project_and_attend_backward,
+        _project_and_attend_backward_shapes,
     ),
     attend_slots=(
         "(Tensor query, Tensor slot_key, Tensor slot_value, Tensor? count) -> (Tensor, Tensor)",

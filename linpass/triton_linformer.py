@@ -65,6 +65,15 @@ if triton is not None:
         cosine, sine = _angles(cos, sin, start, stop, stride, BACK, ROWS, DIM, PADDED)
         return states * cosine + turned * sine
 
+    @triton.jit
+    def _turned_back(states, start, stop, cos, sin, ROWS: tl.constexpr, DIM: tl.constexpr):
+        """`_turn` BACK of rows in registers, with half the angles: both halves of the features have the same."""
+        left, right = tl.split(tl.permute(tl.reshape(states, [ROWS, 2, DIM // 2]), (0, 2, 1)))
+        cosine = _load_rows(cos, start, stop, DIM, ROWS, DIM // 2, DIM // 2).to(tl.float32)
+        sine = _load_rows(sin, start, stop, DIM, ROWS, DIM // 2, DIM // 2).to(tl.float32)
+        halves = tl.join(left * cosine + right * sine, right * cosine - left * sine)
+        return tl.reshape(tl.permute(halves, (0, 2, 1)), [ROWS, DIM])
+
     @kernel
     def angles_kernel(
         position, cos, sin, rows, STEP: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr
@@ -98,10 +107,13 @@ if triton is not None:
         query, key, cos, sin, query_out, key_out, rotated,
         query_strides, key_strides, query_out_strides, key_out_strides, angle_stride,
         N, heads, eps,
-        NORM: tl.constexpr, TURN: tl.constexpr, TURN_KEY: tl.constexpr,
+        NORM: tl.constexpr, TURN: tl.constexpr, TURN_KEY: tl.constexpr, IN_PLACE: tl.constexpr,
         DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, EACH: tl.constexpr,
     ):
-        """`normalise_and_rotate` of attention_linformer; a grid has EACH heads a program, of queries, then of keys."""
+        """`normalise_and_rotate` of attention_linformer; a grid has EACH heads a program, of queries, then of keys.
+
+        IN_PLACE: ``query_out`` is ``query``.
+        """
         start = tl.program_id(0) * ROWS
         head, batch = tl.program_id(1).to(tl.int64) * EACH, tl.program_id(2).to(tl.int64)  # heads may lie far apart
         if TURN:
@@ -112,19 +124,19 @@ if triton is not None:
             query_out += batch * query_out_strides[0] + head * query_out_strides[1]
             _normalise_and_rotate_heads(
                 query, query_strides, query_out, query_out, query_out_strides, cos, sin, start, N, eps,
-                NORM, TURN, not TURN, DIM, PADDED, ROWS, EACH)
+                NORM, TURN, not TURN, IN_PLACE, DIM, PADDED, ROWS, EACH)
         else:
             key += batch * key_strides[0] + (head - heads) * key_strides[1]
             at = batch * key_out_strides[0] + (head - heads) * key_out_strides[1]
             _normalise_and_rotate_heads(
                 key, key_strides, key_out + at if NORM else key, rotated + at if TURN_KEY else key,
                 key_out_strides, cos, sin, start, N, eps,
-                NORM, TURN_KEY, NORM, DIM, PADDED, ROWS, EACH)
+                NORM, TURN_KEY, NORM, False, DIM, PADDED, ROWS, EACH)
 
     @triton.jit
     def _normalise_and_rotate_heads(
         states, strides, plain_out, turned_out, out_strides, cos, sin, start, N, eps,
-        NORM: tl.constexpr, TURN: tl.constexpr, KEEP: tl.constexpr,
+        NORM: tl.constexpr, TURN: tl.constexpr, KEEP: tl.constexpr, IN_PLACE: tl.constexpr,
         DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, EACH: tl.constexpr,
     ):
         """Rows of some heads, which share their angles; KEEP: also as they are before they are turned."""
@@ -140,6 +152,8 @@ if triton is not None:
                 swapped = _load_rows(states, start, N, strides[2], ROWS, DIM, PADDED, DIM // 2).to(tl.float32)
                 swapped = (swapped * unit).to(dtype).to(tl.float32)
                 rows = rows.to(tl.float32) * cosine + swapped * sine
+                if IN_PLACE:
+                    tl.debug_barrier()  # all threads have read the rows that some now overwrite
                 _store_rows(turned_out, start, N, out_strides[2], rows, ROWS, DIM, PADDED)
             states += strides[1]
             plain_out += out_strides[1]
@@ -355,14 +369,18 @@ if triton is not None:
 
     @kernel
     def query_gradient_kernel(
-        query, key, value, slot_key, slot_value, output, logsumexp, first_block, count, grad, grad_query, delta,
+        query, key, value, slot_key, slot_value, output, logsumexp, first_block, count, cos, sin,
+        grad, grad_query, delta,
         query_strides, key_strides, value_strides, slot_key_strides, slot_value_strides, output_strides, grad_strides,
-        first_stride, N, S, window, view, scale,
-        CAUSAL: tl.constexpr, COUNTED: tl.constexpr, MASKED: tl.constexpr,
+        grad_query_strides, first_stride, angle_stride, N, S, window, view, scale,
+        CAUSAL: tl.constexpr, COUNTED: tl.constexpr, MASKED: tl.constexpr, TURNED: tl.constexpr,
         SHARED: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, HAS_FIRST: tl.constexpr,
         DIM: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     ):
-        """Gradient of a tile of queries of one head, and delta: the sums of output * gradient over the features."""
+        """Gradient of a tile of queries of one head, and delta: the sums of output * gradient over the features.
+
+        TURNED: of the queries as they were before they were turned.
+        """
         start = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
         group = tl.cast(tl.program_id(1) // SHARED, tl.int64)
         head = tl.cast(tl.program_id(1), tl.int64)
@@ -381,7 +399,7 @@ if triton is not None:
         query += batch * query_strides[0] + head * query_strides[1]
         output += batch * output_strides[0] + head * output_strides[1]
         grad += batch * grad_strides[0] + head * grad_strides[1]
-        grad_query += batch * output_strides[0] + head * output_strides[1]
+        grad_query += batch * grad_query_strides[0] + head * grad_query_strides[1]
         column = start + tl.arange(0, QUERIES)
         at_row = (batch * tl.num_programs(1) + head) * N + column
         queries = _load_rows(query, start, N, query_strides[2], QUERIES, DIM, PADDED)
@@ -402,7 +420,11 @@ if triton is not None:
                 probabilities = tl.where(_visible(of_slots, at, each, KEYS), probabilities, 0.0)
             grad_scores = probabilities * (grad_probabilities - row_sums[:, None])
             summed = tl.dot(grad_scores.to(keys.dtype), keys, summed, input_precision=PRECISION)
-        _store_rows(grad_query, start, N, output_strides[2], summed * scale, QUERIES, DIM, PADDED)
+        summed *= scale
+        if TURNED:
+            angles = batch * angle_stride
+            summed = _turned_back(summed, start, N, cos + angles, sin + angles, QUERIES, DIM)
+        _store_rows(grad_query, start, N, grad_query_strides[2], summed, QUERIES, DIM, PADDED)
 
     @triton.jit
     def _sum_over_queries(
@@ -586,20 +608,22 @@ if triton is not None:
     @kernel
     def token_gradient_kernel(
         query, key, value, mixed_key, logsumexp, delta, end_block, grad, grad_slots,
-        key_weight, value_weight, number, cos, sin,
+        key_weight, value_weight, number, cos, sin, token_cos, token_sin,
         grad_key, grad_value, grad_mixed_key, grad_weights,
         query_strides, key_strides, value_strides, mixed_key_strides, grad_strides, out_strides, grad_slot_strides,
-        key_weight_strides, value_weight_strides, number_stride, angle_strides, grad_weight_strides, end_stride,
-        stored, N, S, window, scale,
+        key_weight_strides, value_weight_strides, number_stride, angle_strides, token_angle_stride,
+        grad_weight_strides, end_stride, stored, N, S, window, scale,
         SHARED: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr,
-        MIXED: tl.constexpr, APART: tl.constexpr, TURNED: tl.constexpr, NEEDS_WEIGHT: tl.constexpr,
+        MIXED: tl.constexpr, APART: tl.constexpr, TURNED: tl.constexpr, TURNED_BACK: tl.constexpr,
+        NEEDS_WEIGHT: tl.constexpr,
         SEVERAL: tl.constexpr, NUMBERED: tl.constexpr, PER_GROUP: tl.constexpr, HAS_FIRST: tl.constexpr,
         DIM: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
         QUERIES: tl.constexpr, KEYS: tl.constexpr, SLOT_TILE: tl.constexpr,
     ):
         """Gradients of a tile of tokens of one group: MIXED, from their slots, and from the queries of their window.
 
-        APART: the window sees other keys (rotated) than the mixing; these have a gradient of their own.
+        APART: the window sees other keys (rotated) than the mixing; these have a gradient of their own, or,
+        TURNED_BACK, the gradient of the others is turned back and added to it, in the one place of both.
         """
         start = tl.program_id(0) * KEYS
         group = tl.cast(tl.program_id(1), tl.int64)
@@ -677,7 +701,15 @@ if triton is not None:
                 grad + batch * grad_strides[0] + head * grad_strides[1],
                 logsumexp + row, delta + row, query_strides[2], grad_strides[2], N, scale,
                 True, DIM, PADDED, PRECISION, QUERIES)
-        _store_rows(grad_key + out, start, N, out_strides[2], key_sum * scale, KEYS, DIM, PADDED)
+        key_sum *= scale
+        if TURNED_BACK:
+            angles = batch * token_angle_stride
+            key_sum = _turned_back(key_sum, start, N, token_cos + angles, token_sin + angles, KEYS, DIM)
+            if MIXED:
+                tl.debug_barrier()  # all threads have stored what some now read
+                key_sum += _load_rows(grad_key + out, start, N, out_strides[2], KEYS, DIM, PADDED).to(tl.float32)
+                tl.debug_barrier()  # all threads have read what some now overwrite
+        _store_rows(grad_key + out, start, N, out_strides[2], key_sum, KEYS, DIM, PADDED)
         _store_rows(grad_value + out, start, N, out_strides[2], value_sum, KEYS, DIM, PADDED)
 
     @triton.jit

@@ -58,6 +58,8 @@ REAL = {
 # Losses are multiplied by it, as a GradScaler does: float16 has no numbers as small as some gradients of a mean.
 SCALE = 1024
 both_paths = pytest.mark.parametrize("path", [attention_linformer, kernels_linformer], ids=["pytorch", "fused"])
+# Without the norm attention and its projections are one operator.
+with_and_without_norm = pytest.mark.parametrize("qk_norm", [True, False], ids=["norm", "no norm"])
 # What torch says of itself while it compiles (deprecated parts, no TF32, a split softmax), and of autograd.Function.
 compiles = pytest.mark.filterwarnings("ignore:::torch", "ignore:.*should not be instantiated:DeprecationWarning")
 
@@ -311,12 +313,14 @@ def test_generate(device):
 
 @compiles
 @pytest.mark.parametrize("precision", ["autocast", "weights"])
-@pytest.mark.parametrize("position_embedding", ["rotary", "learned"])
+@pytest.mark.parametrize(
+    ("position_embedding", "qk_norm"), [("rotary", True), ("learned", True), ("rotary", False), ("learned", False)]
+)
 @pytest.mark.parametrize("projection", ["learned", "convolution", "pooling"])
-def test_the_model_compiles_into_one_graph(projection, position_embedding, precision, device, started):
+def test_the_model_compiles_into_one_graph(projection, position_embedding, qk_norm, precision, device, started):
     torch.compiler.reset()
     dtype = torch.float32 if precision == "autocast" else torch.bfloat16
-    how = {"projection": projection, "position_embedding": position_embedding, "depth": 1}
+    how = {"projection": projection, "position_embedding": position_embedding, "qk_norm": qk_norm, "depth": 1}
     model = real_model(device, dtype, **how)
     ids = torch.randint(0, 1000, (2, 300), device=device)
     autocast = torch.bfloat16 if precision == "autocast" else None
@@ -445,10 +449,11 @@ def test_the_operators_keep_their_promises(position_embedding, how, device, monk
 
     for name in names:
         monkeypatch.setattr(kernels_linformer, name, recording(name, getattr(kernels_linformer, name)))
-    model = real_model(device, torch.bfloat16, position_embedding=position_embedding)
     ids = torch.randint(0, 1000, (2, 300), device=device)
     inputs = inputs_of(how, ids)
-    values_and_gradients(model, ids, **inputs)
+    for qk_norm in (True, False):
+        model = real_model(device, torch.bfloat16, position_embedding=position_embedding, qk_norm=qk_norm)
+        values_and_gradients(model, ids, **inputs)
     tensors, layout = attention_call(300, torch.bfloat16, device)
     kernels_linformer.attend_blocks(*(tensor.requires_grad_() for tensor in tensors), layout).sum().backward()
     query, *slots = (
@@ -461,7 +466,7 @@ def test_the_operators_keep_their_promises(position_embedding, how, device, monk
     weights = [(torch.rand(1, 512, 100, device=device) / 300).bfloat16() for _ in range(2)]
     leaves = [tensor.requires_grad_() for tensor in (*row, *weights)]
     kernels_linformer.mix_sequence_and_attend(*leaves[:3], leaves[3:]).sum().backward()
-    assert len(names) == 8
+    assert len(names) == 10
     assert calls.keys() == names
     for operator, arguments in calls.values():
         library.opcheck(operator, tuple(arguments), test_utils=("test_schema", "test_faketensor"))
@@ -481,9 +486,9 @@ def inputs_of(how, ids):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("projection", ["learned", "convolution", "pooling"])
-@pytest.mark.parametrize("causal", [True, False])
-def test_autocast_takes_the_low_precision(causal, projection, dtype, device, started):
-    model = real_model(device, causal=causal, projection=projection)
+@pytest.mark.parametrize(("causal", "qk_norm"), [(True, True), (True, False), (False, True)])
+def test_autocast_takes_the_low_precision(causal, qk_norm, projection, dtype, device, started):
+    model = real_model(device, causal=causal, qk_norm=qk_norm, projection=projection)
     ids = torch.randint(0, 1000, (2, 300), device=device)
     actual = values_and_gradients(model, ids, dtype)
     assert set(started) == {dtype}
@@ -496,9 +501,12 @@ def test_autocast_takes_the_low_precision(causal, projection, dtype, device, sta
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
-@pytest.mark.parametrize(("causal", "projection"), [(True, "convolution"), (False, "learned"), (False, "convolution")])
-def test_activation_checkpointing_changes_no_bit(causal, projection, autocast, use_reentrant, device, started):
-    model = real_model(device, causal=causal, projection=projection).train()
+@pytest.mark.parametrize(
+    ("causal", "qk_norm", "projection"),
+    [(True, True, "convolution"), (True, False, "convolution"), (False, True, "learned"), (False, True, "convolution")],
+)
+def test_activation_checkpointing_changes_no_bit(causal, qk_norm, projection, autocast, use_reentrant, device, started):
+    model = real_model(device, causal=causal, qk_norm=qk_norm, projection=projection).train()
     ids = torch.randint(0, 1000, (2, 300), device=device)
     expected = values_and_gradients(model, ids, autocast)
     calls = len(started)
@@ -512,10 +520,11 @@ def test_activation_checkpointing_changes_no_bit(causal, projection, autocast, u
 
 @pytest.mark.parametrize("how", ["plain", "padded", "packed"])
 @pytest.mark.parametrize("projection", ["learned", "convolution", "pooling"])
-def test_two_steps_of_training_give_the_same_bits(projection, how, device, started):
+@with_and_without_norm
+def test_two_steps_of_training_give_the_same_bits(qk_norm, projection, how, device, started):
     runs = []
     for _ in range(2):
-        model = real_model(device, projection=projection)
+        model = real_model(device, projection=projection, qk_norm=qk_norm)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         ids, seen = torch.randint(0, 1000, (2, 600), device=device), {}
         for step in range(2):
@@ -530,8 +539,9 @@ def test_two_steps_of_training_give_the_same_bits(projection, how, device, start
 
 
 @pytest.mark.parametrize("how", ["plain", "padded", "packed"])
-def test_without_triton_the_model_is_the_same(how, device, started, monkeypatch):
-    model = real_model(device, torch.bfloat16)
+@with_and_without_norm
+def test_without_triton_the_model_is_the_same(qk_norm, how, device, started, monkeypatch):
+    model = real_model(device, torch.bfloat16, qk_norm=qk_norm)
     ids = torch.randint(0, 1000, (2, 300), device=device)
     inputs = inputs_of(how, ids)
     truth = values_and_gradients(in_float64(model), ids, **inputs)
@@ -561,9 +571,12 @@ def kept(ids, inputs):
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("how", ["plain", "padded", "packed"])
 @pytest.mark.parametrize("projection", ["learned", "convolution", "pooling"])
-def test_bfloat16_on_the_device_equals_float64_on_the_cpu(projection, how, attn_implementation, device, started):
+@with_and_without_norm
+def test_bfloat16_on_the_device_equals_float64_on_the_cpu(
+    qk_norm, projection, how, attn_implementation, device, started
+):
     """Weights rounded to bfloat16 in both."""
-    model = real_model(device, torch.bfloat16, projection=projection).eval()
+    model = real_model(device, torch.bfloat16, projection=projection, qk_norm=qk_norm).eval()
     truth = in_float64(model).cpu()
     model.set_attn_implementation(attn_implementation)
     ids = torch.randint(0, 1000, (2, 300), device=device)
@@ -578,9 +591,10 @@ def test_bfloat16_on_the_device_equals_float64_on_the_cpu(projection, how, attn_
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_bfloat16_decoding_equals_float64_on_the_cpu(padded, device, started):
+@with_and_without_norm
+def test_bfloat16_decoding_equals_float64_on_the_cpu(qk_norm, padded, device, started):
     """Prefill, continuation over several blocks, single tokens."""
-    model = real_model(device, torch.bfloat16).eval()
+    model = real_model(device, torch.bfloat16, qk_norm=qk_norm).eval()
     ids = torch.randint(0, 1000, (2, 400), device=device)
     inputs = inputs_of("padded" if padded else "plain", ids)
     mask = inputs.get("attention_mask", torch.ones_like(ids))
