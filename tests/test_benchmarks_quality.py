@@ -18,12 +18,14 @@ from benchmarks.quality.__main__ import main
 from benchmarks.quality.data import CHOOSING, UNTOUCHED, part_folders, split_documents, unpack
 from benchmarks.quality.experiments import (
     LINPASS,
+    Run,
     check,
     make_run,
     read_theme,
     runs_of,
     theme_names,
 )
+from benchmarks.quality.figures import apart_along_the_way
 from benchmarks.quality.report import write_report
 from benchmarks.quality.results import Results, Spread, chosen_rates, difference, finished, worth_their_time
 from benchmarks.quality.schedule import Schedule, Settings
@@ -379,6 +381,28 @@ def test_far_less_near_weighs_ranges_by_their_places():
     near, far = (16 * 1 + 32 * 2 + 64 * 3) / 112, (256 * 5 + 512 * 8) / 768
     assert far_less_near(pairs) == pytest.approx(far - near)
     assert far_less_near(pairs[:5]) is None
+
+
+def test_curves_are_compared_with_the_first_reference_that_ran_seed_by_seed():
+    theme = read_theme("long")  # against full attention with the norm and, where that has not run, without it
+    assert (theme.reference, theme.also_against) == ("full", ["full, no QK-norm"])
+
+    def curve(side, seed, losses):
+        flags = {"seed": seed, "max_steps": 4, "per_device_train_batch_size": 1, "seq_length": 1024}
+        log = [[1, 9.0, None], *([step, None, loss] for step, loss in losses)]
+        return Run(theme, side, flags), log
+
+    one = curve("linformer", 2, [(2, 5.0), (4, 4.0)])
+    another = curve("linformer", 3, [(2, 7.0), (4, 6.0)])
+    beside = curve("full, no QK-norm", 2, [(2, 4.5), (3, 4.25)])
+    assert apart_along_the_way([one, another]) == ("", [])
+    reference, ((run, points),) = apart_along_the_way([one, another, beside])
+    assert reference == "full, no QK-norm"
+    assert run is one[0]
+    assert points == [(2 * 1024 / 1e6, 0.5)]  # the only place at which both were measured
+    reference, found = apart_along_the_way([one, beside, curve("full", 2, [(4, 3.0)])])
+    assert reference == "full"
+    assert [(run.side, [value for _at, value in points]) for run, points in found] == [("linformer", [1.0])]
 
 
 def test_a_report_of_both_halves_is_not_replaced_by_one_of_one(ran, tmp_path):

@@ -22,6 +22,11 @@ COLOURS = {
     "full, no QK-norm": "#7b5ea7",
     "linformer, no QK-norm": "#61a5c2",
     "window, no QK-norm": "#d9a5b3",
+    "w = 256": "#8ab17d",
+    "w = 512": "#4f7942",
+    "k = 512, r = 16": "#e76f51",
+    "slots and full attention": "#b5651d",
+    "window of 512, no slots": "#9a9a9a",
 }
 NAMES = {
     "linformer": "Linformer",
@@ -85,18 +90,20 @@ def draw_positions(path: Path, apart: dict[int, dict[str, list[tuple[int, float]
 
 
 def draw_curves(path: Path, curves: Sequence[tuple[Run, list[list[Any]]]]) -> None:
-    """Losses over tokens: validation along the way, and training, smoothed, thin. A line for each rate or seed."""
-    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
-    axes: Axes = figure.subplots()
+    """Losses over tokens: validation along the way, and training, smoothed, thin. A line for each rate or seed.
+
+    Beside them, where one rate is compared, how far validation is from the reference's with the same seed.
+    """
     sides = list(dict.fromkeys(run.side for run, _log in curves))
     rates = sorted({run.flags["learning_rate"] for run, _log in curves})
     swept = bool(curves and curves[0][0].theme.learning_rates)
+    reference, apart = ("", []) if swept else apart_along_the_way(curves)
+    figure = Figure(figsize=(12 if apart else 7.2, 4.4), layout="constrained")
+    axes: Axes = (panels := figure.subplots(1, 2 if apart else 1, squeeze=False)[0])[0]
     for run, log in curves:
         colour = COLOURS.get(run.side, f"C{sides.index(run.side)}")
         style = LINES[rates.index(run.flags["learning_rate"]) % len(LINES)] if swept else "-"
-        scale = run.tokens / run.flags["max_steps"] / 1e6
-        training = [(step * scale, value) for step, value, _validation in log if value is not None]
-        validation = [(step * scale, value) for step, _training, value in log if value is not None]
+        training, validation = over_tokens(run, log, 1), over_tokens(run, log, 2)
         if len(training) > 1:
             axes.plot(*zip(*smoothed(training), strict=True), color=colour, ls=style, lw=0.8, alpha=0.35)
         if validation:
@@ -109,13 +116,44 @@ def draw_curves(path: Path, curves: Sequence[tuple[Run, list[list[Any]]]]) -> No
         axes.plot([], [], color=COLOURS.get(side, f"C{sides.index(side)}"), label=NAMES.get(side, side))
     for place, rate in enumerate(rates if swept else ()):
         axes.plot([], [], color="#000000", ls=LINES[place % len(LINES)], lw=0.8, label=f"rate {rate:g}")
-    axes.set_xlabel("million tokens")
     axes.set_ylabel("loss, nats per token")
     name = curves[0][0].theme.name if curves else ""
     axes.set_title(f"{name}: validation (dots), training, smoothed (thin lines)", fontsize=10)
-    axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
+    for run, points in apart:
+        colour = COLOURS.get(run.side, f"C{sides.index(run.side)}")
+        panels[1].plot(*zip(*points, strict=True), color=colour, lw=1.4, marker="o", ms=3.5, alpha=0.8)
+    for panel in panels[1:]:
+        panel.axhline(0, color="#000000", lw=0.8)
+        panel.set_ylabel("nats per token")
+        panel.set_title(f"validation less that of {NAMES.get(reference, reference)}, same seed", fontsize=10)
+    for panel in panels:
+        panel.set_xlabel("million tokens")
+        panel.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
+
+
+def over_tokens(run: Run, log: list[list[Any]], column: int) -> list[tuple[float, float]]:
+    """[million tokens, loss] from lines of [step, training loss, validation loss], where the column has one."""
+    scale = run.tokens / run.flags["max_steps"] / 1e6
+    return [(entry[0] * scale, entry[column]) for entry in log if entry[column] is not None]
+
+
+def apart_along_the_way(
+    curves: Sequence[tuple[Run, list[list[Any]]]],
+) -> tuple[str, list[tuple[Run, list[tuple[float, float]]]]]:
+    """The first reference of the theme that has run; for each run beside one of it, validation losses less its."""
+    theme = curves[0][0].theme if curves else None
+    for reference in (theme.reference, *theme.also_against) if theme else ():
+        known = {run.flags["seed"]: dict(over_tokens(run, log, 2)) for run, log in curves if run.side == reference}
+        found = []
+        for run, log in curves:
+            beside = known.get(run.flags["seed"], {}) if run.side != reference else {}
+            points = [(at, value - beside[at]) for at, value in over_tokens(run, log, 2) if at in beside]
+            found += [(run, points)] if points else []
+        if found:
+            return reference, found
+    return "", []
 
 
 def smoothed(points: Sequence[tuple[float, float]], share: float = 0.05) -> list[tuple[float, float]]:
