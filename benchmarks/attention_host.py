@@ -23,7 +23,8 @@ from benchmarks import attention_gpu_bidirectional as bidirectional
 from benchmarks import attention_gpu_cases as cases
 from benchmarks.decoding_gpu_cases import advance
 from benchmarks.environment import describe
-from benchmarks.models_gpu_cases import Size, config_for
+from benchmarks.models_gpu_cases import Size, config_for, without_masks
+from benchmarks.race import compiled
 from benchmarks.report_file import Report, command_line, machine, table
 from linpass import kernels_linformer, launch_linformer, operators_linformer
 from linpass.training.architectures import build_model
@@ -33,6 +34,7 @@ MODEL_CALLS = 20
 # One row of few tokens: what is computed by PyTorch's own operators takes as little as it can.
 CAUSAL = cases.Shape(8, 64, 32, 8, 16)
 BOTH_WAYS = cases.Shape(8, 64, 32, 8, 32, window=0)
+COMPILER: dict[str, Any] = {}  # options of torch.compile
 MODEL, PROMPT = Size(embed_dim=32, heads=2, vocab_size=384), 64
 
 
@@ -126,15 +128,15 @@ def calls_of(
 
 
 def calls_of_models(device: torch.device) -> dict[str, Callable[[], object]]:
-    """Whole models: a prompt that leaves a cache, and the next token after it, again and again."""
+    """Whole models: a prompt that leaves a cache, compiled too, and the next token after it, again and again."""
     found = {}
     config = config_for(MODEL, PROMPT, 16, 16, window_size=32)
     for name, architecture in (("linpass", "linformer"), ("Llama", "llama")):
-        model = build_model(architecture, config).to(device).eval()
+        model = build_model(architecture, config).to(device).eval().requires_grad_(False)
         ids = torch.randint(MODEL.vocab_size, (1, PROMPT), device=device)
-        with torch.no_grad():
-            past = model(input_ids=ids, use_cache=True).past_key_values
+        past = model(input_ids=ids, use_cache=True).past_key_values
         found[f"a prompt, {name}"] = partial(advance, model, ids, None)
+        found[f"a prompt, compiled, {name}"] = partial(advance, compiled(model, COMPILER), ids, None)
         found[f"the next token, {name}"] = partial(advance, model, ids[:, :1], past)
     return found
 
@@ -153,9 +155,10 @@ def measure(report: Report, device: torch.device, started: bool) -> None:
         for what, call in calls_of(device, *arguments).items():
             names = {"attention": way, "what": what, "kernels": kernels}
             report.add("host", names, lambda call=call: {"us": microseconds(call, CALLS)})
-    for what, call in calls_of_models(device).items():
-        names = {"attention": "whole model", "what": what, "kernels": kernels}
-        report.add("host", names, lambda call=call: {"us": microseconds(call, MODEL_CALLS)})
+    with without_masks():
+        for what, call in calls_of_models(device).items():
+            names = {"attention": "whole model", "what": what, "kernels": kernels}
+            report.add("host", names, lambda call=call: {"us": microseconds(call, MODEL_CALLS)})
 
 
 def line(row: dict) -> str:
@@ -174,7 +177,8 @@ def page(result: dict) -> str:
         f"Microseconds of a call of one row of {CAUSAL.tokens} tokens, 8 heads of 64: median of {BATCHES} batches of "
         f"{CALLS}. Kernels are *named*, with all their arguments, and not started, or *started*; six products of "
         "matrices of the bidirectional call are PyTorch's, and computed. Whole models have "
-        f"{MODEL.depth} layers, {MODEL.embed_dim} wide, and a prompt of {PROMPT} tokens; batches of {MODEL_CALLS}.",
+        f"{MODEL.depth} layers, {MODEL.embed_dim} wide, no gradients, and a prompt of {PROMPT} tokens, before which "
+        f"Llama forms no mask; batches of {MODEL_CALLS}.",
         *table(["attention", "what", "kernels", "µs"], body),
     ]
     return "\n".join(text) + "\n"

@@ -45,7 +45,6 @@ from .operators_linformer import (
     project_and_attend_op,
     rotary_angles_op,
     slots_tile,
-    split_heads,
 )
 from .triton_linformer import triton
 
@@ -114,8 +113,7 @@ def project_and_attend(
     slot_angles: tuple[Tensor, Tensor] | None = None,
     block_BC: Tensor | None = None,
     first_block_BC: Tensor | None = None,
-    for_cache: bool = False,
-) -> tuple[Tensor, tuple[Tensor, ...] | None] | None:
+) -> Tensor | None:
     """:func:`mix_and_attend` from hidden states, with the projections that make queries, keys and values of them.
 
     In one node of the graph the three lie side by side: queries are turned where they are, the kernels turn the
@@ -128,21 +126,17 @@ def project_and_attend(
         heads, dim: H and D.
         angles: cos and sin of the tokens, [B or 1, 1, N, D], both halves of D the same; None: nothing is turned.
         weights, layout, slot_angles, block_BC, first_block_BC: as :func:`mix_and_attend` has them.
-        for_cache: return what a cache keeps of a prompt, too.
 
-    Returns: output, [B, H, N, D]; and keys, keys turned and values, [B, G, N, D], slots of keys, turned, and of values,
-        [B, G, C * R, D], or None. None in place of both, and nothing is done, where :func:`_fits_mixing` does not hold,
-        where D is no power of two, where projections are of another dtype and autocast is off, and where a gradient is
-        recorded that would have to come through a cache.
+    Returns: output, [B, H, N, D]. None, and nothing is done, where :func:`_fits_mixing` does not hold, where D is no
+        power of two, and where hidden states and projections are of two dtypes that autocast, if on, does not make one.
     Raises:
         ValueError: fewer angles than tokens or slots.
     Cost: that of :func:`mix_and_attend` and O(B·N·E·(H + 2·G)·D).
     Invariants: those of :func:`mix_and_attend`.
     """
-    inputs = (hidden_BNE, *projections, *weights)
-    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    one_dtype = _autocast_dtype(hidden_BNE) or all(weight.dtype == hidden_BNE.dtype for weight in projections)
-    if (for_cache and recorded) or padded_dim(dim) != dim or not one_dtype:
+    inputs, dtypes = (hidden_BNE, *projections, *weights), {weight.dtype for weight in projections}
+    one_dtype = torch.float64 not in dtypes if _autocast_dtype(hidden_BNE) else dtypes == {hidden_BNE.dtype}
+    if padded_dim(dim) != dim or not one_dtype:
         return None
     hidden, *projections = _one_dtype(hidden_BNE, *projections)
     if not _fits_mixing((hidden,), layout, dim):
@@ -150,11 +144,8 @@ def project_and_attend(
     pairs = [(None, None) if pair is None else pair for pair in (angles, slot_angles)]
     tensors = (*_once_each(hidden, *projections), *pairs[0], *_once_each(*weights), *pairs[1])
     arguments = (*tensors, block_BC, first_block_BC, heads, dim, list(layout))
-    if recorded:
-        return _ProjectAndAttend.apply(*arguments), None
-    output, _, *slots, states, turned = project_and_attend_op(*arguments)
-    _, key, value = split_heads(states, heads, dim)
-    return output, (key, key if angles is None else turned, value, *slots) if for_cache else None
+    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    return _ProjectAndAttend.apply(*arguments) if recorded else project_and_attend_op(*arguments)[0]
 
 
 def mix_and_attend_with_slots(
@@ -414,7 +405,7 @@ class _MixAndAttend(torch.autograd.Function):
 class _ProjectAndAttend(torch.autograd.Function):
     """Keeps the inputs, queries, keys, keys turned and values, the slots, the output and one number a query.
 
-    Hidden states are kept for the gradients of the projections alone, which are views of one tensor.
+    Hidden states are kept for nothing but the gradients of the projections; these are views of one tensor.
     """
 
     @staticmethod

@@ -81,7 +81,10 @@ def _linear(in_features: int, out_features: int, rank: int | None, init_std: flo
 
 
 def _is_its_weight(module: nn.Module) -> bool:
-    """Whether to call it is to multiply by ``module.weight``: no adapter, no quantised weight, nothing hooked to it."""
+    """Whether to call it is to multiply by ``module.weight``: no adapter, no quantised weight, nothing hooked to it.
+
+    Hooks of all modules (``register_module_forward_hook``) are not asked.
+    """
     if type(module) is not nn.Linear or module.bias is not None or "forward" in vars(module):
         return False
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
@@ -232,9 +235,10 @@ class LinformerAttention(nn.Module):
         weights = shared_weights if self.projection is None else self.projection(hidden_states)
         slot_angles = slot_angles.get(self.k)
         cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        output = self._project_and_attend(hidden_states, weights, grid, angles, slot_angles, cache)
-        if output is not None:
-            return self.o_proj(grid.restore(output.transpose(1, 2).flatten(2))), None
+        if cache is None:
+            output = self._project_and_attend(hidden_states, weights, grid, angles, slot_angles)
+            if output is not None:
+                return self.o_proj(grid.restore(output.transpose(1, 2).flatten(2))), None
         query = self.q_proj(hidden_states).unflatten(-1, (self.heads, self.head_dim))
         key = self.k_proj(hidden_states).unflatten(-1, (self.key_value_heads, self.head_dim))
         value = self.v_proj(hidden_states).unflatten(-1, (self.key_value_heads, self.head_dim)).transpose(1, 2)
@@ -250,12 +254,9 @@ class LinformerAttention(nn.Module):
             output, probabilities = self._attend_before(query, key, rotated, value, weights, grid, slot_angles, cache)
         return self.o_proj(grid.restore(output.transpose(1, 2).flatten(2))), probabilities
 
-    def _project_and_attend(self, hidden_states, weights, grid, angles, slot_angles, cache):
-        """Causal attention with its projections, which writes a prompt to the cache, if any.
-
-        None, and nothing is done, where it is to go the other way, step by step.
-        """
-        if not (self.is_causal and self.k) or (cache is not None and cache.is_initialized):
+    def _project_and_attend(self, hidden_states, weights, grid, angles, slot_angles):
+        """Causal attention with its projections; None, and nothing is done, where it is to go step by step."""
+        if not (self.is_causal and self.k):
             return None
         projections = (self.q_proj, self.k_proj, self.v_proj)
         between = self.qk_norm_eps is not None or self.config._attn_implementation == "eager"
@@ -263,7 +264,7 @@ class LinformerAttention(nn.Module):
             return None
         matrices = tuple([projection.weight for projection in projections])
         blocks = grid.block_numbers(self.layout.block_size)
-        found = project_and_attend(
+        return project_and_attend(
             hidden_states,
             matrices,
             self.heads,
@@ -274,15 +275,7 @@ class LinformerAttention(nn.Module):
             slot_angles,
             blocks,
             grid.first_block_BC,
-            for_cache=cache is not None,
         )
-        if found is None:
-            return None
-        output, kept = found
-        if kept is not None:
-            key, turned, value, *slots = kept
-            self._write_prompt(cache, grid, key, turned, value, weights, *slots)
-        return output
 
     def _normalise_and_rotate(self, query, key, angles):
         """Queries, keys as slots mix them, and keys as queries see them; of an encoder they see slots alone.

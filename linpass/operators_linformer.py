@@ -595,7 +595,7 @@ def _normalise_and_rotate(query, key, cos, sin, eps, rotates_key):
 
 
 def _launch_norm_and_rotation(query, key, cos, sin, results, eps, rotates_key):
-    """``results`` are as :func:`_normalise_and_rotate_shapes` has them; the first may be ``query`` itself."""
+    """``results`` are as :func:`_normalise_and_rotate_shapes` has them; the first may be ``query``, the same object."""
     query_out, key_out, rotated = results
     has_norm, batch = eps is not None, query.shape[0]
     groups = key.shape[1] if has_norm or rotates_key else 0

@@ -315,6 +315,7 @@ def test_the_processors_time_is_measured_without_starting_a_kernel(tmp_path, mon
     monkeypatch.setattr(kernels_linformer, "mix_and_attend", MIX_AND_ATTEND)
     monkeypatch.setattr(attention_host, "CALLS", 1)
     monkeypatch.setattr(attention_host, "BATCHES", 2)
+    monkeypatch.setattr(attention_host, "COMPILER", {"backend": "eager"})
     monkeypatch.setattr(torch, "set_num_threads", lambda _count: None)
     before = operators_linformer.launch, kernels_linformer.mix_and_attend_op, kernels_linformer.INTERPRETED
     attention_host.main([str(tmp_path / "host.json")])
@@ -333,6 +334,8 @@ def test_the_processors_time_is_measured_without_starting_a_kernel(tmp_path, mon
             "a function that does nothing, both passes",
         )
     } | {
-        ("whole model", f"{what}, {model}") for what in ("a prompt", "the next token") for model in ("linpass", "Llama")
+        ("whole model", f"{what}, {model}")
+        for what in ("a prompt", "a prompt, compiled", "the next token")
+        for model in ("linpass", "Llama")
     }
     assert "| causal | forward: the operator | named |" in (tmp_path / "host.md").read_text()
