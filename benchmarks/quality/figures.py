@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from benchmarks.quality.experiments import Run
 
@@ -25,7 +25,7 @@ COLOURS = {
     "w = 256": "#8ab17d",
     "w = 512": "#4f7942",
     "k = 512, r = 16": "#e76f51",
-    "slots and full attention": "#b5651d",
+    "slots and full attention": "#2a9d8f",
     "window of 512, no slots": "#9a9a9a",
 }
 NAMES = {
@@ -38,18 +38,30 @@ NAMES = {
     "full, no QK-norm": "full attention, no QK-norm",
     "linformer, no QK-norm": "Linformer, no QK-norm",
     "window, no QK-norm": "window only, no QK-norm",
+    # Designs, which have no QK-norm; the picture of ablations, which have it, gives sides their own names.
+    "w = 256": "Linformer, w = 256, no QK-norm",
+    "w = 512": "Linformer, w = 512, no QK-norm",
+    "k = 512, r = 16": "Linformer, 512 slots, no QK-norm",
+    "slots and full attention": "slots and full attention, no QK-norm",
+    "window of 512, no slots": "window only, w = 512, no QK-norm",
 }
+PAIRS = {"A": ("linformer", "full"), "B": ("linformer, no QK-norm", "full, no QK-norm")}
 LINES = ("-", "--", ":", "-.")
 # Of the picture of ablations: most differences are a few thousandths of a nat, some a hundred times as large.
-LINEAR, TICKS = 0.02, (0.01, 0.02, 0.1, 0.5)
+LINEAR, TICKS = 0.02, (0.01, 0.02, 0.05, 0.1, 0.5)
 
 
-def draw_claim(path: Path, points: dict[int, dict[str, dict[int, float]]]) -> None:
-    """A panel for each n, {n: {side: {seed: loss}}}: every seed a point, the mean a line."""
+def draw_claim(path: Path, points: dict[int, dict[str, dict[int, float]]], goals: dict[int, float | None]) -> None:
+    """Two panels for each n, {n: {side: {seed: loss}}}: every seed a point, the mean a line.
+
+    The lower one has the differences of the pairs that are claimed, seed by seed, beside the goal.
+    """
     rows = max(map(len, points.values()))
-    figure = Figure(figsize=(5 * len(points), 1.2 + 0.36 * rows), layout="constrained")
-    panels = figure.subplots(1, len(points), squeeze=False)[0]
-    for axes, (n, sides) in zip(panels, sorted(points.items()), strict=True):
+    figure = Figure(figsize=(5 * len(points), 2.6 + 0.36 * rows), layout="constrained")
+    panels = figure.subplots(2, len(points), squeeze=False, height_ratios=[rows, len(PAIRS) + 0.6])
+    for axes, (n, sides) in zip(panels[1], sorted(points.items()), strict=True):
+        draw_pairs(axes, sides, goals.get(n))
+    for axes, (n, sides) in zip(panels[0], sorted(points.items()), strict=True):
         for place, (side, found) in enumerate(sides.items()):
             losses = list(found.values())
             colour, mean = COLOURS.get(side, "#888888"), statistics.mean(losses)
@@ -66,6 +78,29 @@ def draw_claim(path: Path, points: dict[int, dict[str, dict[int, float]]]) -> No
         axes.grid(alpha=0.3, axis="x")
     figure.suptitle("Choosing half: every seed a point; line and number: mean", fontsize=10)
     figure.savefig(path, dpi=120)
+
+
+def draw_pairs(axes: Axes, sides: dict[str, dict[int, float]], goal: float | None) -> None:
+    """Linformer less full attention of the same pair and seed."""
+    for place, (ours, theirs) in enumerate(PAIRS.values()):
+        own, other = sides.get(ours, {}), sides.get(theirs, {})
+        apart = [own[seed] - other[seed] for seed in own if seed in other]
+        if not apart:
+            continue
+        axes.plot([statistics.mean(apart)] * 2, [place - 0.3, place + 0.3], color=COLOURS[ours], lw=2)
+        axes.plot(apart, [place] * len(apart), "o", color=COLOURS[ours], ms=5, alpha=0.7)
+        where = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "center", "fontsize": 8}
+        axes.annotate(f"{statistics.mean(apart):+.3f}", (0.99, place), **where)
+    axes.axvline(0, color="#000000", lw=0.8)
+    if goal is not None:
+        axes.axvline(goal, color="#000000", lw=0.8, ls=":")
+        axes.annotate("goal", (goal, 1), xycoords=("data", "axes fraction"), va="bottom", ha="center", fontsize=8)
+    axes.set_yticks(range(len(PAIRS)), [f"pair {name}" for name in PAIRS], fontsize=8)
+    axes.set_ylim(len(PAIRS) - 0.4, -0.6)
+    axes.margins(x=0.18)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.set_xlabel("Linformer less full attention of the pair, same seed")
+    axes.grid(alpha=0.3, axis="x")
 
 
 def draw_positions(path: Path, apart: dict[int, dict[str, list[tuple[int, float]]]], reference: str) -> None:
@@ -92,20 +127,25 @@ def draw_positions(path: Path, apart: dict[int, dict[str, list[tuple[int, float]
 def draw_curves(path: Path, curves: Sequence[tuple[Run, list[list[Any]]]]) -> None:
     """Losses over tokens: validation along the way, and training, smoothed, thin. A line for each rate or seed.
 
-    Beside them, where one rate is compared, how far validation is from the reference's with the same seed.
+    Beside them, where no rates are compared, how far validation is from the reference's with the same seed.
     """
     sides = list(dict.fromkeys(run.side for run, _log in curves))
     rates = sorted({run.flags["learning_rate"] for run, _log in curves})
     swept = bool(curves and curves[0][0].theme.learning_rates)
+    seeds = sorted({run.flags["seed"] for run, _log in curves})
+    kinds = [("learning_rate", rate, f"rate {rate:g}") for rate in rates] if swept else []
+    if not swept and 1 < len(seeds) <= len(LINES):
+        kinds = [("seed", seed, f"seed {seed}") for seed in seeds]
+    styles = {(flag, value): style for (flag, value, _label), style in zip(kinds, LINES, strict=False)}
     reference, apart = ("", []) if swept else apart_along_the_way(curves)
     figure = Figure(figsize=(12 if apart else 7.2, 4.4), layout="constrained")
     axes: Axes = (panels := figure.subplots(1, 2 if apart else 1, squeeze=False)[0])[0]
     for run, log in curves:
         colour = COLOURS.get(run.side, f"C{sides.index(run.side)}")
-        style = LINES[rates.index(run.flags["learning_rate"]) % len(LINES)] if swept else "-"
+        style = style_of(run, styles)
         training, validation = over_tokens(run, log, 1), over_tokens(run, log, 2)
         if len(training) > 1:
-            axes.plot(*zip(*smoothed(training), strict=True), color=colour, ls=style, lw=0.8, alpha=0.35)
+            axes.plot(*zip(*smoothed(training), strict=True), color=colour, ls=style, lw=0.8, alpha=0.5)
         if validation:
             axes.plot(*zip(*validation, strict=True), color=colour, ls=style, lw=1.4, marker="o", ms=3.5, alpha=0.8)
     lowest = [value for _run, log in curves for entry in log for value in entry[1:] if value is not None]
@@ -114,15 +154,16 @@ def draw_curves(path: Path, curves: Sequence[tuple[Run, list[list[Any]]]]) -> No
         axes.set_ylim(min(lowest) - 0.1, max(late) + 0.1)
     for side in sides:
         axes.plot([], [], color=COLOURS.get(side, f"C{sides.index(side)}"), label=NAMES.get(side, side))
-    for place, rate in enumerate(rates if swept else ()):
-        axes.plot([], [], color="#000000", ls=LINES[place % len(LINES)], lw=0.8, label=f"rate {rate:g}")
+    for flag, value, label in kinds:
+        axes.plot([], [], color="#000000", ls=styles.get((flag, value), "-"), lw=0.8, label=label)
     axes.set_ylabel("loss, nats per token")
     name = curves[0][0].theme.name if curves else ""
     axes.set_title(f"{name}: validation (dots), training, smoothed (thin lines)", fontsize=10)
     axes.legend(frameon=False, fontsize=8)
     for run, points in apart:
         colour = COLOURS.get(run.side, f"C{sides.index(run.side)}")
-        panels[1].plot(*zip(*points, strict=True), color=colour, lw=1.4, marker="o", ms=3.5, alpha=0.8)
+        style = style_of(run, styles)
+        panels[1].plot(*zip(*points, strict=True), color=colour, ls=style, lw=1.4, marker="o", ms=3.5, alpha=0.8)
     for panel in panels[1:]:
         panel.axhline(0, color="#000000", lw=0.8)
         panel.set_ylabel("nats per token")
@@ -131,6 +172,11 @@ def draw_curves(path: Path, curves: Sequence[tuple[Run, list[list[Any]]]]) -> No
         panel.set_xlabel("million tokens")
         panel.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
+
+
+def style_of(run: Run, styles: dict[tuple[str, Any], str]) -> str:
+    """That of its rate or seed, where these are told apart."""
+    return next((style for (flag, value), style in styles.items() if run.flags[flag] == value), "-")
 
 
 def over_tokens(run: Run, log: list[list[Any]], column: int) -> list[tuple[float, float]]:
@@ -171,10 +217,10 @@ def widened(values: Sequence[float]) -> tuple[float, float]:
     return min(-LINEAR, 1.3 * min(values, default=0)), max(LINEAR, 1.3 * max(values, default=0))
 
 
-def draw_ablations(path: Path, sides: dict[str, dict[int, float]], base: str) -> None:
+def draw_ablations(path: Path, sides: dict[str, dict[int, float]], base: str, least: float) -> None:
     """Losses less those of ``base`` with the same seed, from {side: {seed: loss}}; bars are means.
 
-    The band is the spread of ``base`` itself between seeds.
+    The band is what does not count, differences below ``least``.
     """
     against = sides.get(base, {})
     apart = {
@@ -189,11 +235,12 @@ def draw_ablations(path: Path, sides: dict[str, dict[int, float]], base: str) ->
         colour = COLOURS["full"] if name.startswith("full") else COLOURS["linformer"]
         axes.barh(place, statistics.mean(apart[name]), color=colour, alpha=0.35)
         axes.plot(apart[name], [place] * len(apart[name]), "o", color=colour, ms=4)
-    if len(against) > 1:
-        mean = statistics.mean(against.values())
-        axes.axvspan(min(against.values()) - mean, max(against.values()) - mean, color=COLOURS["window"], alpha=0.2)
+    axes.axvspan(-least, least, color=COLOURS["window"], alpha=0.2, lw=0)
     axes.axvline(0, color="#000000", lw=0.8)
     axes.set_yticks(range(len(names)), names, fontsize=8)
+    figure.suptitle(
+        f"Every seed a point, bars: means; grey bars: full attention; band: less than {least:g}", fontsize=9
+    )
     axes.set_xlabel(f"loss less that of {base}, same seed, choosing half; logarithmic beyond {LINEAR:g}", fontsize=9)
     axes.tick_params(axis="x", labelsize=8)
     axes.set_xscale("symlog", linthresh=LINEAR, linscale=1.2)

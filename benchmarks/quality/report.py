@@ -90,7 +90,8 @@ def pictures(folder: Path, found: Sequence[Finished], results: Results) -> list[
     claims = [part for part in found if part.theme.name.startswith("claim") and part.sides()]
     if claims:
         points = {part.theme.flags["seq_length"]: losses_of(part) for part in claims}
-        drawn.append(("claim.png", lambda path: figures.draw_claim(path, points)))
+        goals = {part.theme.flags["seq_length"]: part.theme.goal for part in claims}
+        drawn.append(("claim.png", lambda path: figures.draw_claim(path, points, goals)))
         apart = {
             part.theme.flags["seq_length"]: of_one_class(part, mean_over_seeds(differences_by_position(part)))
             for part in claims
@@ -105,7 +106,10 @@ def pictures(folder: Path, found: Sequence[Finished], results: Results) -> list[
             ]
             drawn.append((f"curves_{part.theme.name}.png", lambda path, c=curves: figures.draw_curves(path, c)))
     for part in (part for part in found if part.theme.name == "ablations" and part.sides()):
-        drawn.append(("ablations.png", lambda path, p=part: figures.draw_ablations(path, losses_of(p), "base")))
+        least = part.theme.least
+        drawn.append(
+            ("ablations.png", lambda path, p=part, x=least: figures.draw_ablations(path, losses_of(p), "base", x))
+        )
     lines = []
     for name, draw in drawn:
         draw(folder / name)
