@@ -3,7 +3,8 @@
 Our kernels are named, with every argument that they take, but not started: what remains is Python, PyTorch's autograd
 and its dispatcher, which a lone call of few tokens waits for (docs/speed.md). It needs Triton, and no GPU; with one,
 what the kernels add when they are started is measured, too. Whole models, so narrow that little is computed, read a
-prompt and one more token beside Llama. Nothing else should run beside it.
+prompt, compiled as well, and one more token beside Llama, without gradients; Llama forms no masks. Nothing else should
+run beside it.
 """
 
 import argparse
@@ -177,8 +178,8 @@ def page(result: dict) -> str:
         f"Microseconds of a call of one row of {CAUSAL.tokens} tokens, 8 heads of 64: median of {BATCHES} batches of "
         f"{CALLS}. Kernels are *named*, with all their arguments, and not started, or *started*; six products of "
         "matrices of the bidirectional call are PyTorch's, and computed. Whole models have "
-        f"{MODEL.depth} layers, {MODEL.embed_dim} wide, no gradients, and a prompt of {PROMPT} tokens, before which "
-        f"Llama forms no mask; batches of {MODEL_CALLS}.",
+        f"{MODEL.depth} layers, {MODEL.embed_dim} wide, no gradients, and a prompt of {PROMPT} tokens; what PyTorch "
+        f"does is computed, and Llama forms no masks; batches of {MODEL_CALLS}.",
         *table(["attention", "what", "kernels", "µs"], body),
     ]
     return "\n".join(text) + "\n"

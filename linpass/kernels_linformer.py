@@ -127,8 +127,8 @@ def project_and_attend(
         angles: cos and sin of the tokens, [B or 1, 1, N, D], both halves of D the same; None: nothing is turned.
         weights, layout, slot_angles, block_BC, first_block_BC: as :func:`mix_and_attend` has them.
 
-    Returns: output, [B, H, N, D]. None, and nothing is done, where :func:`_fits_mixing` does not hold, where D is no
-        power of two, and where hidden states and projections are of two dtypes that autocast, if on, does not make one.
+    Returns: output, [B, H, N, D]. None, and nothing is computed, where :func:`_fits_mixing` does not hold, where D is
+        no power of two, and where hidden states and projections are of two dtypes that autocast does not make one.
     Raises:
         ValueError: fewer angles than tokens or slots.
     Cost: that of :func:`mix_and_attend` and O(B·N·E·(H + 2·G)·D).

@@ -323,7 +323,7 @@ def _mixed_backward_shapes(
     )
 
 
-def split_heads(states_BNX: Tensor, heads: int, dim: int) -> tuple[Tensor, ...]:
+def _split_heads(states_BNX: Tensor, heads: int, dim: int) -> tuple[Tensor, ...]:
     """Queries, keys and values, [B, H or G, N, D] each, of which a token's lie side by side in memory."""
     groups = (states_BNX.shape[2] // dim - heads) // 2
     return states_BNX.unflatten(2, (-1, dim)).transpose(1, 2).split((heads, groups, groups), 1)
@@ -339,7 +339,7 @@ def _project_and_attend(
     rows, columns = hidden.flatten(0, 1), states.flatten(0, 1).split([len(weight) for weight in projections], 1)
     for weight, out in zip(projections, columns, strict=True):
         torch.mm(rows, weight.t(), out=out)
-    query, key, value = split_heads(states, heads, dim)
+    query, key, value = _split_heads(states, heads, dim)
     near, turned = key, hidden.new_empty(0)
     if angle_cos is not None:
         turns, tokens = min(angle_cos.shape[-2], angle_sin.shape[-2]), query.shape[2]
@@ -356,7 +356,7 @@ def _project_and_attend_shapes(
     key_weight, value_weight, cos, sin, number, first_block, heads, dim, layout,
 ):  # fmt: skip
     states = hidden.new_empty(*hidden.shape[:2], sum(map(len, (of_query, of_key, of_value))))
-    query, key, value = split_heads(states, heads, dim)
+    query, key, value = _split_heads(states, heads, dim)
     slots = _mix_shapes(key, value, key_weight, value_weight, cos, sin, number, layout)
     turned = hidden.new_empty(0) if angle_cos is None else _like_tokens(key)
     return *_forward_shapes(query), *slots, states, turned
@@ -374,11 +374,11 @@ def _project_and_attend_backward(
     """
     layout, batch = BlockLayout(*layout), len(states)
     (grad,) = _unit_rows(grad)
-    query, key, value = split_heads(states, heads, dim)
+    query, key, value = _split_heads(states, heads, dim)
     near, mixed_key = (key, None) if angle_cos is None else (turned, key)
     angles = (_angle_rows(angle_cos, batch), _angle_rows(angle_sin, batch))
     grad_states = torch.empty_like(states)
-    grad_query, grad_key, grad_value = split_heads(grad_states, heads, dim)
+    grad_query, grad_key, grad_value = _split_heads(grad_states, heads, dim)
     _, delta, grad_slots, end_block = _query_and_slot_gradients(
         grad, query, near, value, slot_key, slot_value, first_block, output, logsumexp, layout, None,
         *angles, grad_query,
@@ -398,7 +398,7 @@ def _project_and_attend_backward_shapes(
     grad, hidden, of_query, of_key, of_value, angle_cos, angle_sin, key_weight, value_weight, cos, sin, number,
     first_block, heads, dim, layout, output, logsumexp, slot_key, slot_value, states, turned, needs,
 ):  # fmt: skip
-    _, key, _ = split_heads(states, heads, dim)
+    _, key, _ = _split_heads(states, heads, dim)
     width = of_query.shape[1]
     return (
         states.new_empty((*states.shape[:2], width) if needs[0] else 0),

@@ -320,6 +320,8 @@ def test_the_processors_time_is_measured_without_starting_a_kernel(tmp_path, mon
     before = operators_linformer.launch, kernels_linformer.mix_and_attend_op, kernels_linformer.INTERPRETED
     attention_host.main([str(tmp_path / "host.json")])
     assert before == (operators_linformer.launch, kernels_linformer.mix_and_attend_op, kernels_linformer.INTERPRETED)
+    calls = attention_host.calls_of_models(torch.device("cpu"))
+    assert not any(call().requires_grad for what, call in calls.items() if "compiled" not in what)
     rows = json.loads((tmp_path / "host.json").read_text())["host"]
     assert all(row["us"][0] > 0 for row in rows)
     assert {(row["attention"], row["what"]) for row in rows if row["kernels"] == "named"} == {

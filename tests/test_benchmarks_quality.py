@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from matplotlib.image import imread
 
-from benchmarks.quality import leaking, variants
+from benchmarks.quality import figures, leaking, variants
 from benchmarks.quality.__main__ import main
 from benchmarks.quality.data import CHOOSING, UNTOUCHED, part_folders, split_documents, unpack
 from benchmarks.quality.experiments import (
@@ -383,26 +384,47 @@ def test_far_less_near_weighs_ranges_by_their_places():
     assert far_less_near(pairs[:5]) is None
 
 
-def test_curves_are_compared_with_the_first_reference_that_ran_seed_by_seed():
-    theme = read_theme("long")  # against full attention with the norm and, where that has not run, without it
-    assert (theme.reference, theme.also_against) == ("full", ["full, no QK-norm"])
+def curve(side, seed, losses):
+    """A run of `long`, four steps, with validation losses at some of them."""
+    theme = read_theme("long")
+    own = {name: value for name, value in theme.sides[side].items() if name in theme.flags}
+    flags = theme.flags | own | {"seed": seed, "max_steps": 4, "learning_rate": 1e-3, "per_device_train_batch_size": 1}
+    log = [[1, 9.0, None], *([step, None, loss] for step, loss in losses)]
+    return Run(theme, side, flags), log
 
-    def curve(side, seed, losses):
-        flags = {"seed": seed, "max_steps": 4, "per_device_train_batch_size": 1, "seq_length": 1024}
-        log = [[1, 9.0, None], *([step, None, loss] for step, loss in losses)]
-        return Run(theme, side, flags), log
 
-    one = curve("linformer", 2, [(2, 5.0), (4, 4.0)])
-    another = curve("linformer", 3, [(2, 7.0), (4, 6.0)])
+def test_curves_are_compared_with_full_attention_of_the_same_norm_and_seed():
+    ours = [curve("linformer, no QK-norm", seed, [(2, 5.0), (4, 4.0)]) for seed in (2, 3)]
+    with_norm = curve("linformer", 2, [(2, 6.0), (4, 5.0)])
+    assert apart_along_the_way([*ours, with_norm]) == []
     beside = curve("full, no QK-norm", 2, [(2, 4.5), (3, 4.25)])
-    assert apart_along_the_way([one, another]) == ("", [])
-    reference, ((run, points),) = apart_along_the_way([one, another, beside])
-    assert reference == "full, no QK-norm"
-    assert run is one[0]
+    ((run, points),) = apart_along_the_way([*ours, with_norm, beside])
+    assert run is ours[0][0]
     assert points == [(2 * 1024 / 1e6, 0.5)]  # the only place at which both were measured
-    reference, found = apart_along_the_way([one, beside, curve("full", 2, [(4, 3.0)])])
-    assert reference == "full"
-    assert [(run.side, [value for _at, value in points]) for run, points in found] == [("linformer", [1.0])]
+    found = apart_along_the_way([*ours, with_norm, beside, curve("full", 2, [(4, 3.0)])])
+    assert [(run.side, [value for _at, value in points]) for run, points in found] == [
+        ("linformer, no QK-norm", [0.5]),
+        ("linformer", [2.0]),
+    ]
+
+
+def test_pictures_of_curves_have_a_second_panel_where_there_is_a_reference(tmp_path):
+    ours = [curve("linformer, no QK-norm", seed, [(2, 5.0), (4, 4.0)]) for seed in (2, 3)]
+    beside = curve("full, no QK-norm", 2, [(2, 4.5)])
+    widths = []
+    for curves in (ours, [*ours, beside]):
+        figures.draw_curves(tmp_path / "curves.png", curves)
+        widths.append(imread(tmp_path / "curves.png").shape[1])
+    assert widths == [864, 1440]
+
+
+def test_the_picture_of_ablations_has_a_row_for_each_side(tmp_path):
+    sides = {"base": {2: 4.0, 3: 4.1}, "w = 32": {2: 4.5}, "full attention": {2: 3.9, 3: 4.0}, "other seeds": {4: 4.0}}
+    heights = []
+    for shown in (sides, {side: sides[side] for side in ("base", "w = 32")}):
+        figures.draw_ablations(tmp_path / "ablations.png", shown, "base", 0.005)
+        heights.append(imread(tmp_path / "ablations.png").shape[0])
+    assert heights[0] - heights[1] == pytest.approx(0.24 * 120, abs=1)
 
 
 def test_a_report_of_both_halves_is_not_replaced_by_one_of_one(ran, tmp_path):

@@ -488,6 +488,16 @@ def test_other_models_do_not(changes, calls):
     assert not calls
 
 
+def test_a_model_that_is_fixed_keeps_nothing_for_gradients(calls):
+    model, ids = make_model(), torch.randint(1, 100, (2, 30), device=DEVICE)
+    wanted = model(ids, use_cache=False).logits
+    found = model.requires_grad_(False)(ids, use_cache=False).logits
+    assert len(calls) == 4
+    assert wanted.requires_grad
+    assert not found.requires_grad
+    assert torch.equal(found, wanted)
+
+
 @pytest.mark.parametrize("recorded", [True, False])
 def test_a_prompt_that_leaves_a_cache_does_not(recorded, calls):
     """Step by step it takes a processor less time, compiled above all."""

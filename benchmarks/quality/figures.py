@@ -99,7 +99,7 @@ def draw_pairs(axes: Axes, sides: dict[str, dict[int, float]], goal: float | Non
     axes.set_ylim(len(PAIRS) - 0.4, -0.6)
     axes.margins(x=0.18)
     axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.set_xlabel("Linformer less full attention of the pair, same seed")
+    axes.set_xlabel("Linformer less full attention, same seed")
     axes.grid(alpha=0.3, axis="x")
 
 
@@ -127,7 +127,7 @@ def draw_positions(path: Path, apart: dict[int, dict[str, list[tuple[int, float]
 def draw_curves(path: Path, curves: Sequence[tuple[Run, list[list[Any]]]]) -> None:
     """Losses over tokens: validation along the way, and training, smoothed, thin. A line for each rate or seed.
 
-    Beside them, where no rates are compared, how far validation is from the reference's with the same seed.
+    Beside them, where no rates are compared, how far validation is from that of full attention with the same seed.
     """
     sides = list(dict.fromkeys(run.side for run, _log in curves))
     rates = sorted({run.flags["learning_rate"] for run, _log in curves})
@@ -137,7 +137,7 @@ def draw_curves(path: Path, curves: Sequence[tuple[Run, list[list[Any]]]]) -> No
     if not swept and 1 < len(seeds) <= len(LINES):
         kinds = [("seed", seed, f"seed {seed}") for seed in seeds]
     styles = {(flag, value): style for (flag, value, _label), style in zip(kinds, LINES, strict=False)}
-    reference, apart = ("", []) if swept else apart_along_the_way(curves)
+    apart = [] if swept else apart_along_the_way(curves)
     figure = Figure(figsize=(12 if apart else 7.2, 4.4), layout="constrained")
     axes: Axes = (panels := figure.subplots(1, 2 if apart else 1, squeeze=False)[0])[0]
     for run, log in curves:
@@ -167,7 +167,9 @@ def draw_curves(path: Path, curves: Sequence[tuple[Run, list[list[Any]]]]) -> No
     for panel in panels[1:]:
         panel.axhline(0, color="#000000", lw=0.8)
         panel.set_ylabel("nats per token")
-        panel.set_title(f"validation less that of {NAMES.get(reference, reference)}, same seed", fontsize=10)
+        panel.set_title(
+            "validation less that of full attention, with the norm or without as well, same seed", fontsize=9
+        )
     for panel in panels:
         panel.set_xlabel("million tokens")
         panel.grid(alpha=0.3)
@@ -187,19 +189,28 @@ def over_tokens(run: Run, log: list[list[Any]], column: int) -> list[tuple[float
 
 def apart_along_the_way(
     curves: Sequence[tuple[Run, list[list[Any]]]],
-) -> tuple[str, list[tuple[Run, list[tuple[float, float]]]]]:
-    """The first reference of the theme that has run; for each run beside one of it, validation losses less its."""
-    theme = curves[0][0].theme if curves else None
-    for reference in (theme.reference, *theme.also_against) if theme else ():
-        known = {run.flags["seed"]: dict(over_tokens(run, log, 2)) for run, log in curves if run.side == reference}
-        found = []
-        for run, log in curves:
-            beside = known.get(run.flags["seed"], {}) if run.side != reference else {}
-            points = [(at, value - beside[at]) for at, value in over_tokens(run, log, 2) if at in beside]
-            found += [(run, points)] if points else []
-        if found:
-            return reference, found
-    return "", []
+) -> list[tuple[Run, list[tuple[float, float]]]]:
+    """Validation losses of each run of our class less those of its reference, where both were measured."""
+    known = {(run.side, run.flags["seed"]): dict(over_tokens(run, log, 2)) for run, log in curves}
+    found = []
+    for run, log in curves:
+        reference = reference_of(run)
+        if run.side == reference or "architecture" in run.theme.sides[run.side]:
+            continue
+        beside = known.get((reference, run.flags["seed"]), {})
+        points = [(at, value - beside[at]) for at, value in over_tokens(run, log, 2) if at in beside]
+        found += [(run, points)] if points else []
+    return found
+
+
+def reference_of(run: Run) -> str:
+    """Of the references of its theme the one that has QK-norm if the run has it; the first, where none is like it."""
+    theme = run.theme
+    norms = {
+        side: {**theme.flags, **theme.sides[side]}.get("qk_norm") for side in [theme.reference, *theme.also_against]
+    }
+    alike = [side for side, norm in norms.items() if norm == run.flags.get("qk_norm")]
+    return run.side if run.side in norms else [*alike, theme.reference][0]
 
 
 def smoothed(points: Sequence[tuple[float, float]], share: float = 0.05) -> list[tuple[float, float]]:
@@ -239,7 +250,8 @@ def draw_ablations(path: Path, sides: dict[str, dict[int, float]], base: str, le
     axes.axvline(0, color="#000000", lw=0.8)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     figure.suptitle(
-        f"Every seed a point, bars: means; grey bars: full attention; band: less than {least:g}", fontsize=9
+        f"Every seed a point, bars: means; grey bars: full attention; band: less than {least:g}, does not count",
+        fontsize=9,
     )
     axes.set_xlabel(f"loss less that of {base}, same seed, choosing half; logarithmic beyond {LINEAR:g}", fontsize=9)
     axes.tick_params(axis="x", labelsize=8)
