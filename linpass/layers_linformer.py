@@ -235,10 +235,15 @@ class LinformerAttention(nn.Module):
         weights = shared_weights if self.projection is None else self.projection(hidden_states)
         slot_angles = slot_angles.get(self.k)
         cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        output = probabilities = None
         if cache is None:
             output = self._project_and_attend(hidden_states, weights, grid, angles, slot_angles)
-            if output is not None:
-                return self.o_proj(grid.restore(output.transpose(1, 2).flatten(2))), None
+        if output is None:
+            output, probabilities = self._step_by_step(hidden_states, weights, grid, angles, slot_angles, cache)
+        return self.o_proj(grid.restore(output.transpose(1, 2).flatten(2))), probabilities
+
+    def _step_by_step(self, hidden_states, weights, grid, angles, slot_angles, cache):
+        """Projections, norm and rotation, attention: its output, [B, H, N, D], and probabilities or None."""
         query = self.q_proj(hidden_states).unflatten(-1, (self.heads, self.head_dim))
         key = self.k_proj(hidden_states).unflatten(-1, (self.key_value_heads, self.head_dim))
         value = self.v_proj(hidden_states).unflatten(-1, (self.key_value_heads, self.head_dim)).transpose(1, 2)
@@ -246,13 +251,10 @@ class LinformerAttention(nn.Module):
         here = None if one_token else angles  # one token is turned in its kernel
         query, key, rotated = self._normalise_and_rotate(query, key, here)
         if one_token:
-            output = self._attend_one_token(query, key, value, weights, grid, angles, slot_angles, cache)
-            probabilities = None
-        elif not self.is_causal:
-            output, probabilities = self._attend_both_ways(query, key, rotated, value, weights, grid, slot_angles)
-        else:
-            output, probabilities = self._attend_before(query, key, rotated, value, weights, grid, slot_angles, cache)
-        return self.o_proj(grid.restore(output.transpose(1, 2).flatten(2))), probabilities
+            return self._attend_one_token(query, key, value, weights, grid, angles, slot_angles, cache), None
+        if not self.is_causal:
+            return self._attend_both_ways(query, key, rotated, value, weights, grid, slot_angles)
+        return self._attend_before(query, key, rotated, value, weights, grid, slot_angles, cache)
 
     def _project_and_attend(self, hidden_states, weights, grid, angles, slot_angles):
         """Causal attention with its projections; None, and nothing is done, where it is to go step by step."""

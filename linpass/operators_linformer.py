@@ -83,6 +83,13 @@ def _in_the_given_dtypes(run: Callable[..., Any]) -> Callable[..., Any]:
     return exactly
 
 
+def _require_angles(name: str, cos: Tensor | None, sin: Tensor | None, count: int, of: str) -> None:
+    """Kernels read as many rows as they need: one that is not there would be read from other memory."""
+    rows = count if cos is None else min(cos.shape[-2], sin.shape[-2])
+    if rows < count:
+        raise ValueError(f"{name} has {rows} rows; {count} {of} need one each")
+
+
 def _forward(query, key, value, slot_key, slot_value, first_block, layout, count=None):
     """Output and log2 of the softmax's denominators; without keys for queries that see all slots, or ``count``."""
     layout, causal = BlockLayout(*layout), key is not None
@@ -242,8 +249,7 @@ def _mix(key, value, key_weight, value_weight, cos, sin, number, layout):
     b, r, slots = layout.block_size, layout.slots_per_block, slot_key.shape[2]
     if not slots:
         return slot_key, slot_value
-    if cos is not None and min(cos.shape[-2], sin.shape[-2]) < slots:
-        raise ValueError(f"slot_angles has {cos.shape[-2]} rows; {slots} slots need one each")
+    _require_angles("slot_angles", cos, sin, slots, "slots")
     number = _every_row(number, batch)
     cos, sin = _angle_rows(cos, batch), _angle_rows(sin, batch)
     # Not tile by tile in the kernel: under autocast, where weights are float32, that took 186 µs in place of 68.
@@ -334,6 +340,7 @@ def _project_and_attend(
     key_weight, value_weight, cos, sin, number, first_block, heads, dim, layout,
 ):  # fmt: skip
     """``states`` are the queries as they are turned, keys and values as they are; ``turned`` the keys turned."""
+    _require_angles("angles", angle_cos, angle_sin, hidden.shape[1], "tokens")
     projections = (of_query, of_key, of_value)
     states = hidden.new_empty(*hidden.shape[:2], sum(map(len, projections)))
     rows, columns = hidden.flatten(0, 1), states.flatten(0, 1).split([len(weight) for weight in projections], 1)
@@ -342,9 +349,6 @@ def _project_and_attend(
     query, key, value = _split_heads(states, heads, dim)
     near, turned = key, hidden.new_empty(0)
     if angle_cos is not None:
-        turns, tokens = min(angle_cos.shape[-2], angle_sin.shape[-2]), query.shape[2]
-        if turns < tokens:
-            raise ValueError(f"angles has {turns} rows; {tokens} tokens need one each")
         near = turned = _like_tokens(key)
         _launch_norm_and_rotation(query, key, angle_cos, angle_sin, (query, near, turned), None, True)
     slots = _mix(key, value, key_weight, value_weight, cos, sin, number, layout)

@@ -26,7 +26,6 @@ from benchmarks.quality.experiments import (
     runs_of,
     theme_names,
 )
-from benchmarks.quality.figures import apart_along_the_way
 from benchmarks.quality.report import write_report
 from benchmarks.quality.results import Results, Spread, chosen_rates, difference, finished, worth_their_time
 from benchmarks.quality.schedule import Schedule, Settings
@@ -396,12 +395,12 @@ def curve(side, seed, losses):
 def test_curves_are_compared_with_full_attention_of_the_same_norm_and_seed():
     ours = [curve("linformer, no QK-norm", seed, [(2, 5.0), (4, 4.0)]) for seed in (2, 3)]
     with_norm = curve("linformer", 2, [(2, 6.0), (4, 5.0)])
-    assert apart_along_the_way([*ours, with_norm]) == []
+    assert figures.apart_along_the_way([*ours, with_norm]) == []
     beside = curve("full, no QK-norm", 2, [(2, 4.5), (3, 4.25)])
-    ((run, points),) = apart_along_the_way([*ours, with_norm, beside])
+    ((run, points),) = figures.apart_along_the_way([*ours, with_norm, beside])
     assert run is ours[0][0]
     assert points == [(2 * 1024 / 1e6, 0.5)]  # the only place at which both were measured
-    found = apart_along_the_way([*ours, with_norm, beside, curve("full", 2, [(4, 3.0)])])
+    found = figures.apart_along_the_way([*ours, with_norm, beside, curve("full", 2, [(4, 3.0)])])
     assert [(run.side, [value for _at, value in points]) for run, points in found] == [
         ("linformer, no QK-norm", [0.5]),
         ("linformer", [2.0]),

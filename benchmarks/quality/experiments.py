@@ -77,6 +77,10 @@ class Theme:
         """The sweep of a side."""
         return self.sides[side].get("learning_rates", self.learning_rates)
 
+    def is_ours(self, side: str) -> bool:
+        """Of our own class: transformers' own models are far off."""
+        return "architecture" not in self.sides[side]
+
     def planned(self) -> int:
         """How many runs there are when every side has a rate."""
         return sum(

@@ -83,8 +83,7 @@ def draw_claim(path: Path, points: dict[int, dict[str, dict[int, float]]], goals
 def draw_pairs(axes: Axes, sides: dict[str, dict[int, float]], goal: float | None) -> None:
     """Linformer less full attention of the same pair and seed."""
     for place, (ours, theirs) in enumerate(PAIRS.values()):
-        own, other = sides.get(ours, {}), sides.get(theirs, {})
-        apart = [own[seed] - other[seed] for seed in own if seed in other]
+        apart = seed_by_seed(sides.get(ours, {}), sides.get(theirs, {}))
         if not apart:
             continue
         axes.plot([statistics.mean(apart)] * 2, [place - 0.3, place + 0.3], color=COLOURS[ours], lw=2)
@@ -101,6 +100,11 @@ def draw_pairs(axes: Axes, sides: dict[str, dict[int, float]], goal: float | Non
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.set_xlabel("Linformer less full attention, same seed")
     axes.grid(alpha=0.3, axis="x")
+
+
+def seed_by_seed(losses: dict[int, float], others: dict[int, float]) -> list[float]:
+    """Differences of two sides, {seed: loss} each, for the seeds that both have."""
+    return [loss - others[seed] for seed, loss in losses.items() if seed in others]
 
 
 def draw_positions(path: Path, apart: dict[int, dict[str, list[tuple[int, float]]]], reference: str) -> None:
@@ -129,20 +133,18 @@ def draw_curves(path: Path, curves: Sequence[tuple[Run, list[list[Any]]]]) -> No
 
     Beside them, where no rates are compared, how far validation is from that of full attention with the same seed.
     """
-    sides = list(dict.fromkeys(run.side for run, _log in curves))
-    rates = sorted({run.flags["learning_rate"] for run, _log in curves})
+    sides = dict.fromkeys(run.side for run, _log in curves)
+    colours = {side: COLOURS.get(side, f"C{number}") for number, side in enumerate(sides)}
     swept = bool(curves and curves[0][0].theme.learning_rates)
-    seeds = sorted({run.flags["seed"] for run, _log in curves})
-    kinds = [("learning_rate", rate, f"rate {rate:g}") for rate in rates] if swept else []
-    if not swept and 1 < len(seeds) <= len(LINES):
-        kinds = [("seed", seed, f"seed {seed}") for seed in seeds]
-    styles = {(flag, value): style for (flag, value, _label), style in zip(kinds, LINES, strict=False)}
+    flag, word = ("learning_rate", "rate") if swept else ("seed", "seed")
+    values = sorted({run.flags[flag] for run, _log in curves})
+    told_apart = swept or 1 < len(values) <= len(LINES)
+    styles = {value: LINES[number % len(LINES)] if told_apart else "-" for number, value in enumerate(values)}
     apart = [] if swept else apart_along_the_way(curves)
     figure = Figure(figsize=(12 if apart else 7.2, 4.4), layout="constrained")
     axes: Axes = (panels := figure.subplots(1, 2 if apart else 1, squeeze=False)[0])[0]
     for run, log in curves:
-        colour = COLOURS.get(run.side, f"C{sides.index(run.side)}")
-        style = style_of(run, styles)
+        colour, style = colours[run.side], styles[run.flags[flag]]
         training, validation = over_tokens(run, log, 1), over_tokens(run, log, 2)
         if len(training) > 1:
             axes.plot(*zip(*smoothed(training), strict=True), color=colour, ls=style, lw=0.8, alpha=0.5)
@@ -152,33 +154,25 @@ def draw_curves(path: Path, curves: Sequence[tuple[Run, list[list[Any]]]]) -> No
     if lowest:  # what happens in the first steps is not what is compared
         late = [value for _run, log in curves for entry in log[len(log) // 8 :] for value in entry[1:] if value]
         axes.set_ylim(min(lowest) - 0.1, max(late) + 0.1)
-    for side in sides:
-        axes.plot([], [], color=COLOURS.get(side, f"C{sides.index(side)}"), label=NAMES.get(side, side))
-    for flag, value, label in kinds:
-        axes.plot([], [], color="#000000", ls=styles.get((flag, value), "-"), lw=0.8, label=label)
+    for side, colour in colours.items():
+        axes.plot([], [], color=colour, label=NAMES.get(side, side))
+    for value, style in styles.items() if told_apart else ():
+        axes.plot([], [], color="#000000", ls=style, lw=0.8, label=f"{word} {value:g}")
     axes.set_ylabel("loss, nats per token")
     name = curves[0][0].theme.name if curves else ""
     axes.set_title(f"{name}: validation (dots), training, smoothed (thin lines)", fontsize=10)
     axes.legend(frameon=False, fontsize=8)
     for run, points in apart:
-        colour = COLOURS.get(run.side, f"C{sides.index(run.side)}")
-        style = style_of(run, styles)
+        colour, style = colours[run.side], styles[run.flags[flag]]
         panels[1].plot(*zip(*points, strict=True), color=colour, ls=style, lw=1.4, marker="o", ms=3.5, alpha=0.8)
     for panel in panels[1:]:
         panel.axhline(0, color="#000000", lw=0.8)
         panel.set_ylabel("nats per token")
-        panel.set_title(
-            "validation less that of full attention, with the norm or without as well, same seed", fontsize=9
-        )
+        panel.set_title("validation less full attention's, alike in QK-norm and seed", fontsize=10)
     for panel in panels:
         panel.set_xlabel("million tokens")
         panel.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
-
-
-def style_of(run: Run, styles: dict[tuple[str, Any], str]) -> str:
-    """That of its rate or seed, where these are told apart."""
-    return next((style for (flag, value), style in styles.items() if run.flags[flag] == value), "-")
 
 
 def over_tokens(run: Run, log: list[list[Any]], column: int) -> list[tuple[float, float]]:
@@ -195,7 +189,7 @@ def apart_along_the_way(
     found = []
     for run, log in curves:
         reference = reference_of(run)
-        if run.side == reference or "architecture" in run.theme.sides[run.side]:
+        if run.side == reference or not run.theme.is_ours(run.side):
             continue
         beside = known.get((reference, run.flags["seed"]), {})
         points = [(at, value - beside[at]) for at, value in over_tokens(run, log, 2) if at in beside]
@@ -235,9 +229,9 @@ def draw_ablations(path: Path, sides: dict[str, dict[int, float]], base: str, le
     """
     against = sides.get(base, {})
     apart = {
-        side: [loss - against[seed] for seed, loss in losses.items() if seed in against]
+        side: differences
         for side, losses in sides.items()
-        if side != base and losses.keys() & against.keys()
+        if side != base and (differences := seed_by_seed(losses, against))
     }
     figure = Figure(figsize=(7.2, 0.24 * len(apart) + 1.2), layout="constrained")
     axes: Axes = figure.subplots()

@@ -93,7 +93,7 @@ def pictures(folder: Path, found: Sequence[Finished], results: Results) -> list[
         goals = {part.theme.flags["seq_length"]: part.theme.goal for part in claims}
         drawn.append(("claim.png", lambda path: figures.draw_claim(path, points, goals)))
         apart = {
-            part.theme.flags["seq_length"]: of_one_class(part, mean_over_seeds(differences_by_position(part)))
+            part.theme.flags["seq_length"]: of_our_class(part, mean_over_seeds(differences_by_position(part)))
             for part in claims
         }
         apart = {n: sides for n, sides in apart.items() if sides}
@@ -106,9 +106,8 @@ def pictures(folder: Path, found: Sequence[Finished], results: Results) -> list[
             ]
             drawn.append((f"curves_{part.theme.name}.png", lambda path, c=curves: figures.draw_curves(path, c)))
     for part in (part for part in found if part.theme.name == "ablations" and part.sides()):
-        least = part.theme.least
         drawn.append(
-            ("ablations.png", lambda path, p=part, x=least: figures.draw_ablations(path, losses_of(p), "base", x))
+            ("ablations.png", lambda path, p=part: figures.draw_ablations(path, losses_of(p), "base", p.theme.least))
         )
     lines = []
     for name, draw in drawn:
@@ -117,9 +116,9 @@ def pictures(folder: Path, found: Sequence[Finished], results: Results) -> list[
     return ["", "## Pictures", *lines] if lines else []
 
 
-def of_one_class(part: Finished, found: dict[str, Any]) -> dict[str, Any]:
-    """Without transformers' own models, which are far off."""
-    return {side: values for side, values in found.items() if "architecture" not in part.theme.sides[side]}
+def of_our_class(part: Finished, found: dict[str, Any]) -> dict[str, Any]:
+    """The sides of our own class."""
+    return {side: values for side, values in found.items() if part.theme.is_ours(side)}
 
 
 def losses_of(part: Finished) -> dict[str, dict[int, float]]:
