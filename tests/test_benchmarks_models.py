@@ -362,12 +362,24 @@ def test_targets_of_decoding():
         return {"context": context, "batch": batch, "variant": variant, "ms": [ms] * 3, "tokens_per_s": speed}
 
     rows = [row(512, 1, "linpass, eager", 4.0), row(131072, 1, "linpass, eager", 4.0)]
-    rows += [row(512, 1, "linpass, CUDA graph", 1.0), row(131072, 1, "linpass, CUDA graph", 1.2)]
+    rows += [row(512, 1, "linpass, CUDA graph", 1.25), row(131072, 1, "linpass, CUDA graph", 1.2)]
+    rows += [row(512, 1, "linpass, compiled", 1.0), row(131072, 1, "linpass, compiled", 1.3)]
     rows += [row(32768, 64, "linpass, eager", 2.0), row(32768, 64, "Llama, dynamic cache", 12.0)]
     rows += [row(32768, 64, "Llama, static cache, compiled", 11.0)]
     found = decoding_gpu_report.targets({"decoding": rows})
     assert [(figure, met) for _, figure, _, met in found] == [(1.2, False), (5.5, True)]
-    assert "CUDA graph" in found[0][0]
+
+
+def test_bytes_of_a_step_are_weights_and_what_is_visible():
+    """4 blocks of 16 tokens with 2 slots each; 3 layers of 8 features; 100 weights, 40 of them embeddings."""
+    environment = {
+        "size": {"vocab_size": 5, "embed_dim": 8, "depth": 3, "heads": 2},
+        "linformer": {"seq_length": 64, "k": 8, "block_size": 16, "window_size": 20},
+        "parameters": {"linpass": 100},
+    }
+    seen = {10: 10, 16: 16 + 2, 50: 20 + 6, 64: 20 + 8, 1000: 20 + 8}  # context: rows of the cache that are visible
+    for context, rows in seen.items():
+        assert decoding_gpu_report.bytes_read(environment, context, 7) == 2 * (60 + 7 * 2 * 3 * 8 * rows)
 
 
 @pytest.mark.parametrize("module", [models_gpu, decoding_gpu], ids=["models", "decoding"])

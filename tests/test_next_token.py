@@ -225,7 +225,7 @@ def steps(model, ids, mask, step, prompt=5):
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "padded"])
-def test_models_take_the_kernel(masked, kernels, monkeypatch, build, tiny_config):
+def test_models_take_the_kernel(masked, kernels, monkeypatch, recorded_launches, build, tiny_config):
     model = build(LinformerForCausalLM, tiny_config(**CONFIG), dtype=torch.float32).to(DEVICE)
     ids = torch.randint(1, 50, (2, 10), device=DEVICE)
     mask = torch.ones_like(ids)
@@ -238,9 +238,11 @@ def test_models_take_the_kernel(masked, kernels, monkeypatch, build, tiny_config
         return calls[-1]
 
     monkeypatch.setattr(layers_linformer, "attend_next_token", counted)
+    launches = recorded_launches(lambda kernel, _tensors: kernel.__name__)
     logits, cache = steps(model, ids, mask, model)
     assert len(calls) == 10  # 5 tokens, 2 layers
     assert None not in calls
+    assert launches.count("next_token_kernel") == 10  # one launch a layer and token
     monkeypatch.setattr(layers_linformer, "attend_next_token", lambda *args: None)
     expected, remembered = steps(model.double(), ids, mask, model)
     assert relative_error(logits[mask > 0], expected[mask > 0]) < 1e-5
