@@ -31,14 +31,15 @@ def best(rows: dict[tuple, dict], context: int, batch: int, model: str) -> dict 
     return min(found, key=lambda row: row["ms"][0], default=None)
 
 
+def slower(long: dict, short: dict) -> float:
+    """Latency of one row over that of another."""
+    return round(long["ms"][0] / short["ms"][0], 3)
+
+
 def flatness(rows: dict[tuple, dict]) -> dict[str, float]:
     """Latency behind the longest context over that behind the shortest, by way and batch."""
     pairs = ((batch, name, rows.get((SHORTEST, batch, name))) for context, batch, name in rows if context == LONGEST)
-    return {
-        f"{name} x {batch}": round(rows[LONGEST, batch, name]["ms"][0] / short["ms"][0], 3)
-        for batch, name, short in pairs
-        if short
-    }
+    return {f"{name} x {batch}": slower(rows[LONGEST, batch, name], short) for batch, name, short in pairs if short}
 
 
 def over_llama(rows: dict[tuple, dict]) -> dict[tuple[int, int], float]:
@@ -67,8 +68,8 @@ def targets(result: dict) -> list[list]:
     for batch in sorted({key[1] for key in rows}):
         short, long = (best(rows, context, batch, OURS) for context in (SHORTEST, LONGEST))
         if short and long:
-            ratio = round(long["ms"][0] / short["ms"][0], 3)
-            text = f"latency at {LONGEST:,} over that at {SHORTEST}, batch {batch}, each in its fastest way"
+            ratio, ways = slower(long, short), f"{long['variant']}, over {short['variant']}"
+            text = f"latency at {LONGEST:,} over that at {SHORTEST}, batch {batch}, each in its fastest way ({ways})"
             found.append([text, ratio, f"≤ {FLAT}", ratio <= FLAT])
     ratio = over_llama(rows).get(FASTER_AT)
     if ratio is not None:

@@ -368,6 +368,7 @@ def test_targets_of_decoding():
     rows += [row(32768, 64, "Llama, static cache, compiled", 11.0)]
     found = decoding_gpu_report.targets({"decoding": rows})
     assert [(figure, met) for _, figure, _, met in found] == [(1.2, False), (5.5, True)]
+    assert "CUDA graph" in found[0][0]
 
 
 def test_bytes_of_a_step_are_weights_and_what_is_visible():
