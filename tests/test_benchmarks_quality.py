@@ -16,6 +16,7 @@ from matplotlib.image import imread
 
 from benchmarks.quality import figures, leaking, variants
 from benchmarks.quality.__main__ import main
+from benchmarks.quality.along import VALIDATION, apart_along_the_way
 from benchmarks.quality.data import CHOOSING, UNTOUCHED, part_folders, split_documents, unpack
 from benchmarks.quality.experiments import (
     LINPASS,
@@ -30,7 +31,7 @@ from benchmarks.quality.report import write_report
 from benchmarks.quality.results import Results, Spread, chosen_rates, difference, finished, worth_their_time
 from benchmarks.quality.schedule import Schedule, Settings
 from benchmarks.quality.single_run import carry_out, train
-from benchmarks.quality.tables import far_less_near, leaking_table, loss_table
+from benchmarks.quality.tables import along_table, far_less_near, leaking_table, loss_table
 from linpass import LinformerConfig, LinformerForCausalLM, LinformerForMaskedLM, layers_linformer
 from linpass.errors import InputError
 from linpass.training.documents import python_documents
@@ -395,16 +396,29 @@ def curve(side, seed, losses):
 def test_curves_are_compared_with_full_attention_of_the_same_norm_and_seed():
     ours = [curve("linformer, no QK-norm", seed, [(2, 5.0), (4, 4.0)]) for seed in (2, 3)]
     with_norm = curve("linformer", 2, [(2, 6.0), (4, 5.0)])
-    assert figures.apart_along_the_way([*ours, with_norm]) == []
+    assert apart_along_the_way([*ours, with_norm], VALIDATION) == []
     beside = curve("full, no QK-norm", 2, [(2, 4.5), (3, 4.25)])
-    ((run, points),) = figures.apart_along_the_way([*ours, with_norm, beside])
+    ((run, points),) = apart_along_the_way([*ours, with_norm, beside], VALIDATION)
     assert run is ours[0][0]
     assert points == [(2 * 1024 / 1e6, 0.5)]  # the only place at which both were measured
-    found = figures.apart_along_the_way([*ours, with_norm, beside, curve("full", 2, [(4, 3.0)])])
+    found = apart_along_the_way([*ours, with_norm, beside, curve("full", 2, [(4, 3.0)])], VALIDATION)
     assert [(run.side, [value for _at, value in points]) for run, points in found] == [
         ("linformer, no QK-norm", [0.5]),
         ("linformer", [2.0]),
     ]
+
+
+def test_the_table_along_the_way_has_validation_and_the_training_since_the_line_before():
+    our_run, ours = curve("linformer, no QK-norm", 2, [(2, 5.0), (4, 4.0)])
+    their_run, theirs = curve("full, no QK-norm", 2, [(2, 4.5), (4, 4.25)])
+    training = [(1, 0.5), (2, 0.25), (3, 1.0), (4, 2.0)]  # how far ours is behind
+    ours += [[step, 6.0 + apart, None] for step, apart in training[1:]]
+    theirs += [[step, 6.0, None] for step, _apart in training[1:]]
+    ours[0][1] = theirs[0][1] + training[0][1]
+    head, _rule, *body = along_table([(our_run, ours), (their_run, theirs)])[-4:]
+    assert "linformer, no QK-norm, seed 2, less full, no QK-norm" in head
+    assert [line.split("|")[2].strip() for line in body] == ["+0.5000, +0.3750", "-0.2500, +1.5000"]
+    assert along_table([(our_run, ours)]) == []
 
 
 def test_pictures_of_curves_have_a_second_panel_where_there_is_a_reference(tmp_path):
@@ -492,6 +506,8 @@ def test_differences_are_of_pairs():
     each = np.array([(-1 - 0.5) / 2, (-1 - 3) / 2, (-3 - 0.5) / 2])  # nats of each document, mean over seeds
     residuals = each - each.sum() / 60 * np.array(tokens)
     assert found.document_error == pytest.approx(math.sqrt(3 / 2 * (residuals**2).sum()) / 60)
+    assert (found.better, found.documents) == (3, 3)
+    assert difference(reference, side).better == 0
     seeds = 12.706 * found.seeds.standard_error  # Student's t of one degree of freedom
     assert found.half_width == pytest.approx(math.sqrt(seeds**2 + (1.96 * found.document_error) ** 2))
     assert difference({1: side[1]}, {1: reference[1]}).half_width is None

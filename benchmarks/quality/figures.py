@@ -4,13 +4,12 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from benchmarks.quality.experiments import Run
+from benchmarks.quality.along import TRAINING, VALIDATION, Curve, apart_along_the_way, over_tokens
 
 COLOURS = {
     "linformer": "#2a6f97",
@@ -51,8 +50,10 @@ LINES = ("-", "--", ":", "-.")
 LINEAR, TICKS = 0.02, (0.01, 0.02, 0.05, 0.1, 0.5)
 
 
-def draw_claim(path: Path, points: dict[int, dict[str, dict[int, float]]], goals: dict[int, float | None]) -> None:
-    """Two panels for each n, {n: {side: {seed: loss}}}: every seed a point, the mean a line.
+def draw_claim(
+    path: Path, points: dict[int, dict[str, dict[int, float]]], goals: dict[int, float | None], half: str
+) -> None:
+    """Two panels for each n, {n: {side: {seed: loss}}} on a half: every seed a point, the mean a line.
 
     The lower one has the differences of the pairs that are claimed, seed by seed, beside the goal.
     """
@@ -76,7 +77,7 @@ def draw_claim(path: Path, points: dict[int, dict[str, dict[int, float]]], goals
         axes.set_title(f"n = {n}", fontsize=10)
         axes.set_xlabel("validation loss, nats per token")
         axes.grid(alpha=0.3, axis="x")
-    figure.suptitle("Choosing half: every seed a point; line and number: mean", fontsize=10)
+    figure.suptitle(f"{half.capitalize()} half: every seed a point; line and number: mean", fontsize=10)
     figure.savefig(path, dpi=120)
 
 
@@ -128,7 +129,7 @@ def draw_positions(path: Path, apart: dict[int, dict[str, list[tuple[int, float]
     figure.savefig(path, dpi=120)
 
 
-def draw_curves(path: Path, curves: Sequence[tuple[Run, list[list[Any]]]]) -> None:
+def draw_curves(path: Path, curves: Sequence[Curve]) -> None:
     """Losses over tokens: validation along the way, and training, smoothed, thin. A line for each rate or seed.
 
     Beside them, where no rates are compared, how far validation is from that of full attention with the same seed.
@@ -140,12 +141,12 @@ def draw_curves(path: Path, curves: Sequence[tuple[Run, list[list[Any]]]]) -> No
     values = sorted({run.flags[flag] for run, _log in curves})
     told_apart = swept or 1 < len(values) <= len(LINES)
     styles = {value: LINES[number % len(LINES)] if told_apart else "-" for number, value in enumerate(values)}
-    apart = [] if swept else apart_along_the_way(curves)
+    apart = [] if swept else apart_along_the_way(curves, VALIDATION)
     figure = Figure(figsize=(12 if apart else 7.2, 4.4), layout="constrained")
     axes: Axes = (panels := figure.subplots(1, 2 if apart else 1, squeeze=False)[0])[0]
     for run, log in curves:
         colour, style = colours[run.side], styles[run.flags[flag]]
-        training, validation = over_tokens(run, log, 1), over_tokens(run, log, 2)
+        training, validation = over_tokens(run, log, TRAINING), over_tokens(run, log, VALIDATION)
         if len(training) > 1:
             axes.plot(*zip(*smoothed(training), strict=True), color=colour, ls=style, lw=0.8, alpha=0.5)
         if validation:
@@ -173,38 +174,6 @@ def draw_curves(path: Path, curves: Sequence[tuple[Run, list[list[Any]]]]) -> No
         panel.set_xlabel("million tokens")
         panel.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
-
-
-def over_tokens(run: Run, log: list[list[Any]], column: int) -> list[tuple[float, float]]:
-    """[million tokens, loss] from lines of [step, training loss, validation loss], where the column has one."""
-    scale = run.tokens / run.flags["max_steps"] / 1e6
-    return [(entry[0] * scale, entry[column]) for entry in log if entry[column] is not None]
-
-
-def apart_along_the_way(
-    curves: Sequence[tuple[Run, list[list[Any]]]],
-) -> list[tuple[Run, list[tuple[float, float]]]]:
-    """Validation losses of each run of our class less those of its reference, where both were measured."""
-    known = {(run.side, run.flags["seed"]): dict(over_tokens(run, log, 2)) for run, log in curves}
-    found = []
-    for run, log in curves:
-        reference = reference_of(run)
-        if run.side == reference or not run.theme.is_ours(run.side):
-            continue
-        beside = known.get((reference, run.flags["seed"]), {})
-        points = [(at, value - beside[at]) for at, value in over_tokens(run, log, 2) if at in beside]
-        found += [(run, points)] if points else []
-    return found
-
-
-def reference_of(run: Run) -> str:
-    """Of the references of its theme the one that has QK-norm if the run has it; the first, where none is like it."""
-    theme = run.theme
-    norms = {
-        side: {**theme.flags, **theme.sides[side]}.get("qk_norm") for side in [theme.reference, *theme.also_against]
-    }
-    alike = [side for side, norm in norms.items() if norm == run.flags.get("qk_norm")]
-    return run.side if run.side in norms else [*alike, theme.reference][0]
 
 
 def smoothed(points: Sequence[tuple[float, float]], share: float = 0.05) -> list[tuple[float, float]]:

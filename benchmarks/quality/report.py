@@ -2,15 +2,18 @@
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.quality import figures
+from benchmarks.quality.along import Curve
 from benchmarks.quality.data import CHOOSING, UNTOUCHED
 from benchmarks.quality.experiments import LINPASS
 from benchmarks.quality.results import CURVES, SAMPLES, Finished, Results, finished, loss, scores
 from benchmarks.quality.tables import (
     LEGEND,
+    along_table,
     differences_by_position,
     leaking_table,
     loss_table,
@@ -39,6 +42,7 @@ def write_report(folder: Path, with_untouched: bool, themes: Sequence[str] = (*S
         raise InputError(f"{path} shows the untouched half; go on with --untouched")
     results = Results(folder)
     untouched = {row["key"]: row[UNTOUCHED] for row in results.read(UNTOUCHED)} if with_untouched else {}
+    logs = {row["key"]: row["log"] for row in results.read(CURVES) if "unfinished" not in row}
     found = [finished(name, results) for name in themes]
     lines = ["# Quality at equal budget", *conditions(results), "", LEGEND]
     for part in (part for part in found if part.runs):
@@ -56,8 +60,9 @@ def write_report(folder: Path, with_untouched: bool, themes: Sequence[str] = (*S
             for half in halves:
                 lines += loss_table(part, half, untouched)
             lines += position_table(part) if part.theme.name != "ablations" else []
+            lines += along_table(curves_of(part, logs)) if part.theme.parts > 1 else []
             lines += leaking_table(part)
-    lines += pictures(folder, found, results)
+    lines += pictures(folder, found, logs, untouched)
     lines += sample(results)
     text = "\n".join(lines) + "\n"
     path.write_text(text, encoding="utf-8")
@@ -83,15 +88,22 @@ def conditions(results: Results) -> list[str]:
     return ["", *lines, *torn]
 
 
-def pictures(folder: Path, found: Sequence[Finished], results: Results) -> list[str]:
-    """Draw what there is to draw; lines that show it."""
-    logs = {row["key"]: row["log"] for row in results.read(CURVES) if "unfinished" not in row}
+def curves_of(part: Finished, logs: dict[str, list]) -> list[Curve]:
+    """Runs with their logs, by key, of what ``linpass train`` trained."""
+    return [(run, logs[row["key"]]) for run, row in part.runs if run.program == LINPASS and row["key"] in logs]
+
+
+def pictures(
+    folder: Path, found: Sequence[Finished], logs: dict[str, list], untouched: dict[str, dict[str, Any]]
+) -> list[str]:
+    """Draw what there is to draw; lines that show it. The claim on the untouched half, where it is given."""
     drawn: list[tuple[str, Callable[[Path], Any]]] = []
     claims = [part for part in found if part.theme.name.startswith("claim") and part.sides()]
     if claims:
-        points = {part.theme.flags["seq_length"]: losses_of(part) for part in claims}
+        half = UNTOUCHED if untouched else CHOOSING
+        points = {part.theme.flags["seq_length"]: losses_of(part, half, untouched) for part in claims}
         goals = {part.theme.flags["seq_length"]: part.theme.goal for part in claims}
-        drawn.append(("claim.png", lambda path: figures.draw_claim(path, points, goals)))
+        drawn.append(("claim.png", lambda path: figures.draw_claim(path, points, goals, half)))
         apart = {
             part.theme.flags["seq_length"]: of_our_class(part, mean_over_seeds(differences_by_position(part)))
             for part in claims
@@ -101,14 +113,12 @@ def pictures(folder: Path, found: Sequence[Finished], results: Results) -> list[
             drawn.append(("positions.png", lambda path: figures.draw_positions(path, apart, claims[0].theme.reference)))
     for part in found:
         if part.runs and part.theme.name in (*SWEEPS, *THEMES) and part.theme.name != "ablations":
-            curves = [
-                (run, logs[row["key"]]) for run, row in part.runs if run.program == LINPASS and row["key"] in logs
-            ]
+            curves = curves_of(part, logs)
             drawn.append((f"curves_{part.theme.name}.png", lambda path, c=curves: figures.draw_curves(path, c)))
     for part in (part for part in found if part.theme.name == "ablations" and part.sides()):
-        drawn.append(
-            ("ablations.png", lambda path, p=part: figures.draw_ablations(path, losses_of(p), "base", p.theme.least))
-        )
+        losses = losses_of(part, CHOOSING, {})
+        draw = partial(figures.draw_ablations, sides=losses, base="base", least=part.theme.least)
+        drawn.append(("ablations.png", draw))
     lines = []
     for name, draw in drawn:
         draw(folder / name)
@@ -121,9 +131,9 @@ def of_our_class(part: Finished, found: dict[str, Any]) -> dict[str, Any]:
     return {side: values for side, values in found.items() if part.theme.is_ours(side)}
 
 
-def losses_of(part: Finished) -> dict[str, dict[int, float]]:
-    """Losses on the choosing half, {side: {seed: loss}}."""
-    found = {side: scores(rows, CHOOSING, {}) for side, rows in part.sides().items()}
+def losses_of(part: Finished, half: str, untouched: dict[str, dict[str, Any]]) -> dict[str, dict[int, float]]:
+    """Losses on a half, {side: {seed: loss}}."""
+    found = {side: scores(rows, half, untouched) for side, rows in part.sides().items()}
     return {side: {seed: own["loss"] for seed, own in rows.items()} for side, rows in found.items() if rows}
 
 

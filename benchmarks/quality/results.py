@@ -241,10 +241,13 @@ class Difference:
         seeds: the differences of pairs with one seed.
         document_error: standard error over documents of the mean difference, from each document's own difference;
             None for a single document.
+        better: documents of a lower loss, mean over seeds, of so many ``documents``.
     """
 
     seeds: Spread
     document_error: float | None
+    better: int
+    documents: int
 
     @property
     def half_width(self) -> float | None:
@@ -266,7 +269,10 @@ def difference(side: dict[int, Row], reference: dict[int, Row]) -> Difference | 
     pairs = [(side[seed], reference[seed]) for seed in seeds]
     of_side, of_reference = (torch.tensor([pair[i]["document_nats"] for pair in pairs]).double() for i in (0, 1))
     tokens = torch.tensor(pairs[0][0]["document_tokens"]).double()
+    apart = (of_side - of_reference).mean(0)
     return Difference(
         seeds=Spread.of([a["loss"] - b["loss"] for a, b in pairs]),
-        document_error=ratio_error((of_side - of_reference).mean(0), tokens),
+        document_error=ratio_error(apart, tokens),
+        better=int((apart < 0).sum()),
+        documents=len(tokens),
     )

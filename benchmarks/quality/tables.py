@@ -1,8 +1,10 @@
 """The tables of a theme, as lines of Markdown."""
 
 import math
+from collections.abc import Sequence
 
 from benchmarks.attention_gpu_report import table
+from benchmarks.quality.along import TRAINING, VALIDATION, Curve, apart_along_the_way, reference_of, since_the_last
 from benchmarks.quality.data import CHOOSING
 from benchmarks.quality.results import Difference, Finished, Row, Spread, difference, loss, scores
 
@@ -12,8 +14,9 @@ NEAR, FAR = (16, 128), 256  # places before which all sides see much the same, a
 LEGEND = (
     "Losses in nats per token; *deviation* between seeds; *less* a side: the difference of runs with the same seed, "
     "and the standard error of its mean; *over documents*: the standard error of that difference over documents, "
-    "paired by document; *95 %*: from both errors, seeds by Student's t; tokens per second while as many runs shared a "
-    "GPU as `processes_per_gpu` says, so of different runs not to be compared."
+    "paired by document; *95 %*: from both errors, seeds by Student's t; *better in*: documents of a lower loss, mean "
+    "over seeds; tokens per second while as many runs shared a GPU as `processes_per_gpu` says, so of different runs "
+    "not to be compared."
 )
 
 
@@ -60,7 +63,7 @@ def loss_table(part: Finished, half: str, untouched: dict[str, Row]) -> list[str
                 f"{rows[0]['flags']['learning_rate']:g}",
                 f"{len(own)}" + (f", {diverged} diverged" if diverged else ""),
                 with_error(spread.mean, spread.deviation) if spread else None,
-                *(difference_cells(apart) if apart else [None] * 3),
+                *(difference_cells(apart) if apart else [None] * 4),
                 f"{Spread.of(speeds).mean:,.0f}" if speeds else None,
             ]
         )
@@ -86,13 +89,13 @@ def difference_table(sides: dict[str, dict[int, Row]], reference: str) -> list[s
 
 
 def difference_head(reference: str) -> list[str]:
-    return [f"less {reference} ± error", "± over documents", "95 %"]
+    return [f"less {reference} ± error", "± over documents", "95 %", "better in"]
 
 
 def difference_cells(apart: Difference) -> list[str | None]:
     """Under ``difference_head``."""
     with_seeds = with_error(apart.seeds.mean, apart.seeds.standard_error, signed=True)
-    return [with_seeds, number(apart.document_error), interval(apart)]
+    return [with_seeds, number(apart.document_error), interval(apart), f"{apart.better} of {apart.documents}"]
 
 
 def interval(apart: Difference) -> str | None:
@@ -116,6 +119,27 @@ def position_table(part: Finished) -> list[str]:
         body.append([side, *(f"{value:+.3f}" for _end, value in values), cell])
     text = f"The same difference to {part.theme.reference} by position in the window: up to there, from the one before:"
     return ["", text, *table(["side", *map(str, ends), f"beyond {FAR} less {NEAR[0] + 1} to {NEAR[1]} ± error"], body)]
+
+
+def along_table(curves: Sequence[Curve]) -> list[str]:
+    """A line for each measurement along the way: how far validation and training are from the reference's.
+
+    Of training the mean since the line before, on the same rows as the reference's.
+    """
+    training = {(run.side, run.flags["seed"]): points for run, points in apart_along_the_way(curves, TRAINING)}
+    columns, lines = [], {}
+    for run, points in apart_along_the_way(curves, VALIDATION):
+        own = training.get((run.side, run.flags["seed"]), [])
+        means = since_the_last(own, [at for at, _value in points])
+        columns.append(f"{run.side}, seed {run.flags['seed']}, less {reference_of(run)}")
+        for (at, value), mean in zip(points, means, strict=True):
+            cell = f"{value:+.4f}" + ("" if mean is None else f", {mean:+.4f}")
+            lines.setdefault(at, {})[columns[-1]] = cell
+    if not columns:
+        return []
+    text = "Along the way, after so many million tokens: difference in validation, in training since the line before."
+    body = [[f"{at:.1f}", *(cells.get(column) for column in columns)] for at, cells in sorted(lines.items())]
+    return ["", text, *table(["", *columns], body)]
 
 
 def far_less_near(pairs: list[tuple[int, float]]) -> float | None:
