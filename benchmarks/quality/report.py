@@ -18,7 +18,7 @@ from benchmarks.quality.tables import (
     leaking_table,
     loss_table,
     mean_over_seeds,
-    position_table,
+    position_tables,
     rates_table,
     speed_table,
 )
@@ -59,7 +59,7 @@ def write_report(folder: Path, with_untouched: bool, themes: Sequence[str] = (*S
             halves = [CHOOSING, *([UNTOUCHED] if untouched and part.theme.untouched else [])]
             for half in halves:
                 lines += loss_table(part, half, untouched)
-            lines += position_table(part) if part.theme.name != "ablations" else []
+            lines += position_tables(part) if part.theme.name != "ablations" else []
             lines += along_table(curves_of(part, logs)) if part.theme.parts > 1 else []
             lines += leaking_table(part)
     lines += pictures(folder, found, logs, untouched)
@@ -105,7 +105,9 @@ def pictures(
         goals = {part.theme.flags["seq_length"]: part.theme.goal for part in claims}
         drawn.append(("claim.png", lambda path: figures.draw_claim(path, points, goals, half)))
         apart = {
-            part.theme.flags["seq_length"]: of_our_class(part, mean_over_seeds(differences_by_position(part)))
+            part.theme.flags["seq_length"]: of_our_class(
+                part, mean_over_seeds(differences_by_position(part, part.theme.reference))
+            )
             for part in claims
         }
         apart = {n: sides for n, sides in apart.items() if sides}

@@ -104,9 +104,15 @@ def interval(apart: Difference) -> str | None:
     return f"{apart.seeds.mean - apart.half_width:+.4f} to {apart.seeds.mean + apart.half_width:+.4f}"
 
 
-def position_table(part: Finished) -> list[str]:
+def position_tables(part: Finished) -> list[str]:
+    """For the reference and every other side that the others are compared with."""
+    references = (part.theme.reference, *part.theme.also_against)
+    return [line for reference in references for line in position_table(part, reference)]
+
+
+def position_table(part: Finished, reference: str) -> list[str]:
     """Each side's loss less the reference's by position in the window, mean over seeds, on the choosing half."""
-    seeds = differences_by_position(part)
+    seeds = differences_by_position(part, reference)
     apart = mean_over_seeds(seeds)
     if not apart:
         return []
@@ -117,7 +123,7 @@ def position_table(part: Finished) -> list[str]:
         contrast = Spread.of(contrasts) if contrasts else None
         cell = with_error(contrast.mean, contrast.standard_error, signed=True) if contrast else None
         body.append([side, *(f"{value:+.3f}" for _end, value in values), cell])
-    text = f"The same difference to {part.theme.reference} by position in the window: up to there, from the one before:"
+    text = f"On the {CHOOSING} half, less {reference}, by position in the window: up to there, from the one before:"
     return ["", text, *table(["side", *map(str, ends), f"beyond {FAR} less {NEAR[0] + 1} to {NEAR[1]} ± error"], body)]
 
 
@@ -156,10 +162,10 @@ def weighted_mean(pairs: list[tuple[int, float]]) -> float:
     return sum(weight * value for weight, value in pairs) / sum(weight for weight, _value in pairs)
 
 
-def differences_by_position(part: Finished) -> dict[str, list[list[tuple[int, float]]]]:
+def differences_by_position(part: Finished, reference: str) -> dict[str, list[list[tuple[int, float]]]]:
     """{side: [[last position of the range, difference to the reference]]}, a list for each seed that both have."""
     sides = {side: scores(rows, CHOOSING, {}) for side, rows in part.sides().items()}
-    against = sides.pop(part.theme.reference, {})
+    against = sides.pop(reference, {})
     found = {}
     for side, own in sides.items():
         seeds = sorted(own.keys() & against.keys())
