@@ -27,8 +27,16 @@ from benchmarks.quality.experiments import (
     runs_of,
     theme_names,
 )
-from benchmarks.quality.report import write_report
-from benchmarks.quality.results import Results, Spread, chosen_rates, difference, finished, worth_their_time
+from benchmarks.quality.report import answer_rows, write_report
+from benchmarks.quality.results import (
+    Finished,
+    Results,
+    Spread,
+    chosen_rates,
+    difference,
+    finished,
+    worth_their_time,
+)
 from benchmarks.quality.schedule import Schedule, Settings
 from benchmarks.quality.single_run import carry_out, train
 from benchmarks.quality.tables import along_table, far_less_near, leaking_table, loss_table
@@ -429,6 +437,21 @@ def test_pictures_of_curves_have_a_second_panel_where_there_is_a_reference(tmp_p
         figures.draw_curves(tmp_path / "curves.png", curves)
         widths.append(imread(tmp_path / "curves.png").shape[1])
     assert widths == [864, 1440]
+
+
+def test_the_answer_has_a_row_for_each_pair_that_has_run(tmp_path):
+    runs = {}
+    for seed, side, found in ((2, "linformer", 4.0), (2, "full", 3.75), (3, "linformer", 4.0), (3, "window", 5.0)):
+        run, _log = curve(side, seed, [])
+        row = {"key": run.key, "flags": run.flags, CHOOSING: {"loss": found}}
+        runs[run.key] = (run, row, {"loss": 2 * found})
+    part = Finished(read_theme("long"), [(run, row) for run, row, _half in runs.values()], len(runs))
+    untouched = {key: half for key, (_run, _row, half) in runs.items()}
+    label = "300 M tokens, n = 1024, A, QK-norm"
+    assert answer_rows(part, CHOOSING, {}) == [(label, "linformer", [0.25], 0.0)]
+    assert answer_rows(part, UNTOUCHED, untouched) == [(label, "linformer", [0.5], 0.0)]
+    figures.draw_answer(tmp_path / "answer.png", answer_rows(part, CHOOSING, {}), [], CHOOSING)
+    assert (tmp_path / "answer.png").stat().st_size > 5000
 
 
 def test_the_picture_of_ablations_has_a_row_for_each_side(tmp_path):

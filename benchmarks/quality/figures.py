@@ -45,6 +45,10 @@ NAMES = {
     "window of 512, no slots": "window only, w = 512, no QK-norm",
 }
 PAIRS = {"A": ("linformer", "full"), "B": ("linformer, no QK-norm", "full, no QK-norm")}
+# What the answer is about, by theme: pairs, and how they are called in docs/quality.md by their first side.
+CLAIMED = dict.fromkeys(("claim_1024", "claim_4096", "long"), [*PAIRS.values()])
+CLAIMED |= {"designs_300": [("k = 512, r = 16", "full, no QK-norm")]}
+CALLED = {"linformer": "A, QK-norm", "linformer, no QK-norm": "B, no QK-norm", "k = 512, r = 16": "B, 512 slots"}
 LINES = ("-", "--", ":", "-.")
 # Of the picture of ablations: most differences are a few thousandths of a nat, some a hundred times as large.
 LINEAR, TICKS = 0.02, (0.01, 0.02, 0.05, 0.1, 0.5)
@@ -106,6 +110,48 @@ def draw_pairs(axes: Axes, sides: dict[str, dict[int, float]], goal: float | Non
 def seed_by_seed(losses: dict[int, float], others: dict[int, float]) -> list[float]:
     """Differences of two sides, {seed: loss} each, for the seeds that both have."""
     return [loss - others[seed] for seed, loss in losses.items() if seed in others]
+
+
+def draw_answer(
+    path: Path, rows: Sequence[tuple[str, str, list[float], float | None]], curves: Sequence[Curve], half: str
+) -> None:
+    """Linformer less full attention: at the end, a row for each pair, and along the way of the longest runs.
+
+    Args:
+        rows: what is compared, its side, the differences of the seeds, the goal.
+        curves: of the longest runs, with those of their references.
+        half: of the rows; along the way it is the choosing one.
+    """
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for place, (_label, side, apart, goal) in enumerate(rows):
+        colour, mean = COLOURS[side], statistics.mean(apart)
+        left.barh(place, mean, color=colour, alpha=0.35)
+        left.plot(apart, [place] * len(apart), "o", color=colour, ms=4)
+        where = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "center", "fontsize": 8}
+        left.annotate(f"{mean:+.3f}", (0.99, place), **where)
+        if goal is not None:
+            left.plot([goal] * 2, [place - 0.4, place + 0.4], color="#000000", ls=":", lw=1.2)
+    left.plot([], [], color="#000000", ls=":", lw=1.2, label="goal")
+    left.set_yticks(range(len(rows)), [label for label, *_values in rows], fontsize=8)
+    left.invert_yaxis()
+    left.margins(x=0.25)
+    left.set_title(f"at the end, {half} half; every seed a point", fontsize=10)
+    named = set()
+    for run, points in apart_along_the_way(curves, VALIDATION):
+        style = {"color": COLOURS[run.side], "ls": LINES[run.flags["seed"] % 2], "lw": 1.4, "marker": "o", "ms": 3}
+        right.plot(*zip(*points, strict=True), label=None if run.side in named else CALLED[run.side], **style)
+        named.add(run.side)
+    right.axhline(0, color="#000000", lw=0.8)
+    right.set_title("long runs along the way, choosing half; dashed: second seed", fontsize=10)
+    for axes, across in ((left, "x"), (right, "y")):
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize=8, loc=f"lower {'left' if axes is left else 'right'}")
+        axes.set(**{f"{across}label": "Linformer less full attention, nats per token"})
+    left.axvline(0, color="#000000", lw=0.8)
+    right.set_xlabel("million tokens")
+    figure.savefig(path, dpi=120)
 
 
 def draw_positions(path: Path, apart: dict[int, dict[str, list[tuple[int, float]]]], reference: str) -> None:

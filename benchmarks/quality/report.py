@@ -96,11 +96,16 @@ def curves_of(part: Finished, logs: dict[str, list]) -> list[Curve]:
 def pictures(
     folder: Path, found: Sequence[Finished], logs: dict[str, list], untouched: dict[str, dict[str, Any]]
 ) -> list[str]:
-    """Draw what there is to draw; lines that show it. The claim on the untouched half, where it is given."""
+    """Draw what there is to draw; lines that show it. What is claimed, on the untouched half, where it is given."""
+    half = UNTOUCHED if untouched else CHOOSING
     drawn: list[tuple[str, Callable[[Path], Any]]] = []
+    rows = [row for part in found for row in answer_rows(part, half, untouched)]
+    if rows:
+        claimed = [part for part in found if part.theme.name in figures.CLAIMED and part.theme.parts > 1]
+        long = {run.key: (run, log) for part in claimed for run, log in curves_of(part, logs)}  # some are of two themes
+        drawn.append(("answer.png", lambda path: figures.draw_answer(path, rows, list(long.values()), half)))
     claims = [part for part in found if part.theme.name.startswith("claim") and part.sides()]
     if claims:
-        half = UNTOUCHED if untouched else CHOOSING
         points = {part.theme.flags["seq_length"]: losses_of(part, half, untouched) for part in claims}
         goals = {part.theme.flags["seq_length"]: part.theme.goal for part in claims}
         drawn.append(("claim.png", lambda path: figures.draw_claim(path, points, goals, half)))
@@ -126,6 +131,17 @@ def pictures(
         draw(folder / name)
         lines += ["", f"![{name.removesuffix('.png')}]({name})"]
     return ["", "## Pictures", *lines] if lines else []
+
+
+def answer_rows(part: Finished, half: str, untouched: dict[str, dict[str, Any]]) -> list[tuple]:
+    """For ``figures.draw_answer``: the pairs of a theme that is claimed, as far as both sides have run."""
+    losses, theme = losses_of(part, half, untouched), part.theme
+    rows = []
+    for ours, theirs in figures.CLAIMED.get(theme.name, []):
+        apart = figures.seed_by_seed(losses.get(ours, {}), losses.get(theirs, {}))
+        label = f"{theme.tokens / 1e6:.0f} M tokens, n = {theme.flags['seq_length']}, {figures.CALLED[ours]}"
+        rows += [(label, ours, apart, theme.goal)] if apart else []
+    return rows
 
 
 def of_our_class(part: Finished, found: dict[str, Any]) -> dict[str, Any]:
